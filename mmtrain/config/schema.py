@@ -1,0 +1,413 @@
+"""Every value that a recipe can set. The string under a field is its documentation.
+
+Frozen: a recipe never changes after loading. A value is stored once; what follows from others is a method.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+REQUIRED: Any = "???"  # omegaconf's spelling of "the recipe must say"
+
+PARTS = ("vision", "connector", "decoder")
+
+VOCAB_MULTIPLE = 128
+
+
+@dataclass(frozen=True)
+class Moe:
+    """Sparse experts in place of one part's MLPs."""
+
+    num_experts: int = 0
+    """Experts in each sparse layer; 0 leaves the part dense."""
+    top_k: int = 2
+    """Experts that each token visits."""
+    every: int = 1
+    """Every n-th layer is sparse (MM1: 2 or 4): layer i, from 0, is sparse when (i + 1) % every == 0."""
+    balance: Literal["loss", "bias", "none"] = "loss"
+    """What keeps experts busy: the Switch loss (arXiv:2101.03961), a router bias (arXiv:2408.15664), nothing."""
+    balance_scope: Literal["step", "sequence"] = "step"
+    """Tokens over which the balance loss takes its shares: the optimizer step's global batch, or one pack / one image."""
+    balance_coef: float = 0.01
+    """Coefficient of the balance loss, averaged over the part's sparse layers. CuMo 0.1, MM1 0.01."""
+    z_coef: float = 0.001
+    """Coefficient of the router z-loss (ST-MoE, arXiv:2202.08906). CuMo 0.01, MM1 0.001."""
+    bias_rate: float = 0.001
+    """Step of the loss-free router bias; read when balance is bias."""
+
+    def is_sparse(self, layer: int) -> bool:
+        """Whether layer `layer` (from 0) holds experts."""
+        return self.num_experts > 0 and (layer + 1) % self.every == 0
+
+
+@dataclass(frozen=True)
+class Vision:
+    """Pre-norm ViT in CLIP's layout."""
+
+    image_size: tuple[int, int] = (224, 224)
+    """The recipe's one canvas, height x width in pixels: every image or sub-image becomes exactly that."""
+    patch_size: int = 14
+    """Side of a square patch in pixels."""
+    hidden_size: int = 1024
+    """Width of the residual stream."""
+    num_layers: int = 24
+    """Depth of the tower as pretrained; select_layer may cut it."""
+    num_heads: int = 16
+    """Attention heads; head size = hidden_size / num_heads."""
+    intermediate_size: int = 4096
+    """Width inside the MLP (of each expert, when sparse)."""
+    activation: Literal["gelu", "quick_gelu"] = "gelu"
+    """Non-linearity of the MLP; CLIP uses quick_gelu."""
+    class_token: bool = True
+    """Whether a learned token precedes the patches (CLIP yes, SigLIP no); it never reaches the connector."""
+    patch_bias: bool = False
+    """Bias of the patch convolution (CLIP no, SigLIP yes)."""
+    pre_norm: bool = True
+    """LayerNorm before the first block (CLIP yes, SigLIP no)."""
+    final_norm: bool = False
+    """LayerNorm on the features that leave the tower."""
+    norm_eps: float = 1e-5
+    """Epsilon of every LayerNorm."""
+    select_layer: int = -1
+    """Which layer's output are the features: -1 the last, -2 the one before it (LLaVA, CuMo). Later layers are not built."""
+    moe: Moe = field(default_factory=Moe)
+    """Experts in the tower's MLPs."""
+
+    def grid(self) -> tuple[int, int]:
+        """Patches along height and width."""
+        return self.image_size[0] // self.patch_size, self.image_size[1] // self.patch_size
+
+    def built_layers(self) -> int:
+        """Blocks that exist after the cut at select_layer."""
+        return self.num_layers + 1 + self.select_layer
+
+
+@dataclass(frozen=True)
+class Connector:
+    """From patch features to decoder tokens."""
+
+    kind: Literal["c_abstractor", "avg_pool", "attention_pool", "mlp"] = "c_abstractor"
+    """Honeybee's C-Abstractor; pooling by averages; learned queries; one token a patch through an MLP (LLaVA)."""
+    num_tokens: int = 144
+    """Tokens an image becomes, a square number (64 and 144 are usual). For `mlp` it must equal the number of patches."""
+    hidden_size: int = 1024
+    """Width inside the connector: RegNet stages, queries, MLP."""
+    depth: int = 3
+    """Blocks of each RegNet stage (c_abstractor)."""
+    num_heads: int = 16
+    """Heads of the cross-attention (attention_pool)."""
+    moe: Moe = field(default_factory=Moe)
+    """Experts in the MLP at the connector's end (one layer; `every` has no meaning here)."""
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """Llama-3 frequency scaling; factor 1 leaves RoPE alone."""
+
+    factor: float = 1.0
+    """Stretch of the long wavelengths."""
+    low_freq_factor: float = 1.0
+    """Wavelengths above original_length / low_freq_factor are stretched by `factor`."""
+    high_freq_factor: float = 4.0
+    """Wavelengths below original_length / high_freq_factor are kept."""
+    original_length: int = 8192
+    """Context length before stretching."""
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """Pre-norm causal transformer of the Llama / Mistral / Qwen family."""
+
+    vocab_size: int = 32000
+    """Entries of the tokenizer with all special tokens; stored padded to a multiple of 128, padding masked."""
+    hidden_size: int = 4096
+    """Width of the residual stream."""
+    num_layers: int = 32
+    """Blocks."""
+    num_heads: int = 32
+    """Query heads."""
+    num_kv_heads: int = 8
+    """Key and value heads (grouped-query attention)."""
+    head_dim: int = 128
+    """Width of a head."""
+    intermediate_size: int = 14336
+    """Width inside the SwiGLU MLP (of each expert, when sparse)."""
+    norm: Literal["rms", "layer", "crms"] = "rms"
+    """RMSNorm, LayerNorm, or CRMSNorm (RMSNorm of mean-free inputs, arXiv:2305.14858)."""
+    norm_eps: float = 1e-5
+    """Epsilon of every norm."""
+    rope: bool = True
+    """Rotary positions; false leaves the decoder without any."""
+    rope_theta: float = 10000.0
+    """Base of the rotary frequencies."""
+    rope_scaling: RopeScaling = field(default_factory=RopeScaling)
+    """Llama-3 frequency scaling."""
+    qk_norm: bool = False
+    """RMSNorm on each query and key head (Qwen3)."""
+    attention_bias: bool = False
+    """Biases on the query, key and value projections (Qwen2)."""
+    tied: bool = False
+    """Whether the head is the token embedding."""
+    moe: Moe = field(default_factory=Moe)
+    """Experts in the decoder's MLPs."""
+
+    def padded_vocab(self) -> int:
+        """Rows of embedding and head: the vocabulary rounded up to a multiple of 128 in every layout."""
+        return -(-self.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+
+
+@dataclass(frozen=True)
+class Model:
+    """The three parts of a vision-language model."""
+
+    vision: Vision = field(default_factory=Vision)
+    """Image encoder."""
+    connector: Connector = field(default_factory=Connector)
+    """Image features to decoder tokens."""
+    decoder: Decoder = field(default_factory=Decoder)
+    """Language model."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """One named stream of shards."""
+
+    shards: str = REQUIRED
+    """Folder of .tar shards with their indexes (tools.make_shards writes both)."""
+    weight: float = 1.0
+    """Relative share of tokens, image tokens included; 0 switches an inherited source off."""
+
+
+@dataclass(frozen=True)
+class Data:
+    """What the model reads, and how documents become packs."""
+
+    sources: dict[str, Source] = field(default_factory=dict)
+    """The mixture, by name, so that a recipe can change one weight of an inherited mixture."""
+    tokenizer: str = REQUIRED
+    """Path of a tokenizer.json, or of the folder that holds one."""
+    chat_template: Literal["plain", "chatml", "vicuna"] = "plain"
+    """How turns of a conversation become text."""
+    sequence_length: int = 2048
+    """Tokens in a pack, image tokens included."""
+    max_images: int = 16
+    """Images in a pack at most (the second packing budget; MM1 16)."""
+    global_batch: int = 8
+    """Packs of one optimizer step, over all ranks."""
+    micro_batch: int = 1
+    """Packs of one forward pass on one data-parallel rank."""
+    lanes: int = 0
+    """Lanes of the plan: data-parallel sizes that divide it can resume the stream; 0 means global_batch."""
+    window: int = 256
+    """Documents a source's packing window holds."""
+    max_wait: int = 64
+    """Packs that a document may wait in the window at most."""
+    open_shards: int = 4
+    """Shards of one source that may be open at once; locality against shuffling."""
+    resize: Literal["squash", "pad", "shortest_crop"] = "squash"
+    """How an image of another shape meets the canvas."""
+    sub_images: Literal[0, 4] = 0
+    """4: one overview and 4 crops of an image larger than the canvas (MM1 3.5); 0: the overview alone."""
+    max_image_pixels: int = 50_000_000
+    """Images with more pixels are refused before decoding (decompression bombs)."""
+    max_bad_fraction: float = 0.01
+    """Training stops when more than this share of the samples read so far was unusable (never before 100 samples)."""
+    workers: int = 1
+    """Processes of each rank that read and decode; 0 decodes in the training process."""
+
+    def num_lanes(self) -> int:
+        """Lanes of the plan."""
+        return self.lanes or self.global_batch
+
+
+@dataclass(frozen=True)
+class Optim:
+    """AdamW and its schedule. Rates are those of the muP base width."""
+
+    name: Literal["adamw", "sgd"] = "adamw"
+    """adamw to train; sgd without momentum to compare layouts (tools and tests)."""
+    lr: float = 1e-3
+    """Peak learning rate at the base width."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """Shape after the warm-up."""
+    warmup_steps: int = 0
+    """Steps of linear warm-up from 0."""
+    final_lr_ratio: float = 0.1
+    """Factor of the peak that the schedule ends at."""
+    weight_decay: float = 0.0
+    """Decoupled decay of matrices at the base width (never of gains and biases)."""
+    beta1: float = 0.9
+    """Adam's first decay."""
+    beta2: float = 0.95
+    """Adam's second decay."""
+    eps: float = 1e-8
+    """Adam's epsilon at the base width."""
+    clip: float = 1.0
+    """Global gradient norm above which gradients are scaled down; 0 never clips."""
+    lr_multipliers: dict[str, float] = field(default_factory=dict)
+    """Parameter pattern (fnmatch) -> factor on its learning rate; a pattern that matches nothing is an error."""
+
+
+@dataclass(frozen=True)
+class Mup:
+    """Maximal update parametrisation: the base widths, and the multipliers that a sweep tunes."""
+
+    base: dict[str, dict[str, int]] = field(default_factory=dict)
+    """Part -> width key -> value at the base, e.g. decoder: {hidden_size: 256}. What is not named is at its base."""
+    init: float = 1.0
+    """Factor on the initial std of matrices."""
+    embedding: float = 1.0
+    """Factor on token embeddings in the forward."""
+    attention: float = 1.0
+    """Factor on attention logits of vision and decoder."""
+    output: float = 1.0
+    """Factor on the language model's logits."""
+    router: float = 1.0
+    """Factor on router logits' initial std."""
+    lr: dict[str, float] = field(default_factory=dict)
+    """Part (vision, connector, decoder) -> factor on its learning rate."""
+
+
+@dataclass(frozen=True)
+class Parallel:
+    """How the model lies on the ranks."""
+
+    tensor: int = 1
+    """Ranks that share each matrix (megatron-core)."""
+    expert: int = 1
+    """Data-parallel ranks that share each layer's experts."""
+    zero_stage: Literal[0, 1, 2, 3] = 1
+    """What DeepSpeed shards over data ranks: nothing, optimizer, + gradients, + parameters."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Compute type; master weights, moments and gradient sums are fp32 always."""
+    offload_optimizer: bool = False
+    """Whether optimizer state lives in host memory (ZeRO 1-3)."""
+    activation_checkpointing: bool = False
+    """Whether blocks recompute their activations in backward."""
+
+
+@dataclass(frozen=True)
+class UpcyclePart:
+    """How one part's experts start from its dense MLPs. How many there are is model.<part>.moe."""
+
+    noise: float = 0.0
+    """Std of the noise on each copy, relative to the tensor's own std; 0 keeps the dense function exactly."""
+
+
+@dataclass(frozen=True)
+class Upcycle:
+    """Parts whose MLPs become experts when weights come from init_from (co-upcycling, CuMo arXiv:2405.05949)."""
+
+    vision: UpcyclePart | None = None
+    """Experts in the image encoder."""
+    connector: UpcyclePart | None = None
+    """Experts in the connector's MLP."""
+    decoder: UpcyclePart | None = None
+    """Experts in the decoder."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """When to save and what to keep."""
+
+    every: int = 500
+    """Steps between checkpoints; the last step is always saved."""
+    keep_last: int = 2
+    """Newest checkpoints that stay."""
+    keep_every: int = 0
+    """Steps whose multiples stay for ever; 0 for none."""
+    keep_best: bool = False
+    """Whether the checkpoint with the lowest held-out loss stays too (needs eval.every)."""
+
+
+@dataclass(frozen=True)
+class Log:
+    """What is written while training."""
+
+    every: int = 10
+    """Steps between lines of metrics.jsonl."""
+    wandb: Literal["disabled", "offline", "online"] = "disabled"
+    """Weights & Biases; offline needs no account."""
+    project: str = "mmtrain"
+    """wandb project."""
+
+
+@dataclass(frozen=True)
+class Matching:
+    """In-loop image-text matching: is P(true) above P(false)?"""
+
+    data: str = REQUIRED
+    """JSON lines of id, image, statement, label."""
+    images: str = REQUIRED
+    """Folder that the image paths are relative to."""
+    limit: int = 256
+    """Statements asked at most, the first ones of the file."""
+
+
+@dataclass(frozen=True)
+class Eval:
+    """Held-out measurements inside the loop."""
+
+    every: int = 0
+    """Steps between measurements; 0 never measures."""
+    sources: dict[str, Source] = field(default_factory=dict)
+    """Held-out shards by name; the loss is reported by name."""
+    batches: int = 8
+    """Global batches of each measurement, the same ones every time."""
+    matching: Matching | None = None
+    """Image-text matching, measured with the held-out loss."""
+
+
+@dataclass(frozen=True)
+class Guard:
+    """What happens to a step whose numbers are not usable."""
+
+    max_skips: int = 10
+    """Skipped steps of a run at most; one more stops it."""
+    skip_steps: list[int] = field(default_factory=list)
+    """Steps (from 1) whose update is left out on purpose."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One stage of training."""
+
+    name: str = REQUIRED
+    """Name of the run in logs and plots."""
+    out: str = REQUIRED
+    """Run folder: checkpoints, metrics, plots, report."""
+    steps: int = 0
+    """Optimizer steps; 0 takes `epochs` instead."""
+    epochs: float = 0.0
+    """Passes over the longest-lasting source, relative to its weight; read when steps is 0."""
+    seed: int = 0
+    """Every random draw comes from a generator keyed by (seed, step, site)."""
+    model: Model = field(default_factory=Model)
+    """The network."""
+    data: Data = field(default_factory=Data)
+    """The stream."""
+    optim: Optim = field(default_factory=Optim)
+    """Optimizer and schedule."""
+    mup: Mup = field(default_factory=Mup)
+    """Parametrisation."""
+    parallel: Parallel = field(default_factory=Parallel)
+    """Layout."""
+    trainable: list[str] = field(default_factory=lambda: ["*"])
+    """Parameter patterns that learn; the rest is frozen. A pattern that matches nothing is an error."""
+    init_from: str = ""
+    """Checkpoint, or run folder, whose weights start this stage."""
+    requires_pretrained: bool = False
+    """Whether this recipe makes no sense from random weights: then init_from must be given."""
+    upcycle: Upcycle = field(default_factory=Upcycle)
+    """Parts whose experts are copies of init_from's dense MLPs."""
+    checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    """Saving."""
+    log: Log = field(default_factory=Log)
+    """Watching."""
+    eval: Eval = field(default_factory=Eval)
+    """Measuring."""
+    guard: Guard = field(default_factory=Guard)
+    """Surviving."""
+    resume: Literal["auto", "never"] = "auto"
+    """auto goes on from the newest good checkpoint in `out`; never refuses a folder that has one."""
+    resume_allow: list[str] = field(default_factory=list)
+    """Keys that may differ from the interrupted run's beyond those that always may."""
