@@ -1,0 +1,148 @@
+"""Sparse mixture-of-experts feed-forward layer (arXiv:1701.06538), dropless; one for vision, connector and decoder.
+
+    route -> gather rows by expert -> experts -> weighted sum back to tokens
+
+k identical experts with any router are exactly the dense Mlp, because gates sum to 1. Only a Dispatcher knows where
+experts live; parallel/ supplies one that sends rows to other ranks and reuses the sort and the two moves of this file.
+
+Letters: N tokens, k experts of a token, R = N * k rows, E experts, S leading rows (packs or images).
+"""
+
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import nn
+from torch.autograd.function import FunctionCtx, once_differentiable
+
+from mmtrain.config.schema import Moe
+from mmtrain.model.experts import Experts
+from mmtrain.model.mlp import Activation
+from mmtrain.model.router import Router, RouterInput, choose, losses
+
+
+class Order(NamedTuple):
+    """Rows sorted by expert; inside one expert in the order of tokens, so that results are deterministic."""
+
+    source: torch.Tensor
+    """[R] int64: sorted row r is choice source[r] of the flattened [N, k] choices."""
+    position: torch.Tensor
+    """[N, k] int64: where each choice went; the inverse of source."""
+    counts: torch.Tensor
+    """[E] int64: rows of each expert."""
+
+
+def sort_by_expert(expert_ids: torch.Tensor, num_experts: int) -> Order:
+    """The order of choices expert_ids [N, k] by expert, without a host sync."""
+    flat = expert_ids.reshape(-1)
+    source = torch.argsort(flat, stable=True)
+    position = torch.empty_like(source)
+    position[source] = torch.arange(source.numel(), device=source.device)
+    ends = torch.searchsorted(flat[source], torch.arange(num_experts, device=flat.device), right=True)
+    return Order(source, position.view(expert_ids.shape), ends.diff(prepend=ends.new_zeros(1)))
+
+
+class _Gather(torch.autograd.Function):
+    """x [N, d] -> rows [R, d]. Backward sums a token's k rows in the order of its choices."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, x: torch.Tensor, source: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(position)
+        return x.index_select(0, source // position.shape[1])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        (position,) = ctx.saved_tensors
+        picked = grad.index_select(0, position.reshape(-1))
+        return picked.view(*position.shape, -1).sum(1), None, None
+
+
+class _Combine(torch.autograd.Function):
+    """(rows [R, d], gates [N, k]) -> y [N, d], y_n = sum_j gates_nj * rows[position_nj]."""
+
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx, rows: torch.Tensor, gates: torch.Tensor, source: torch.Tensor, position: torch.Tensor
+    ) -> torch.Tensor:
+        ctx.save_for_backward(rows, gates, source, position)
+        picked = rows.index_select(0, position.reshape(-1)).view(*position.shape, -1)
+        return (picked * gates.unsqueeze(-1)).sum(1).to(rows.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None, None]:
+        rows, gates, source, position = ctx.saved_tensors
+        spread = grad.index_select(0, source // position.shape[1])
+        grad_gates = (spread * rows).sum(-1)[position].to(gates.dtype)
+        grad_rows = (spread * gates.reshape(-1)[source].unsqueeze(-1)).to(rows.dtype)
+        return grad_rows, grad_gates, None, None
+
+
+def gather_rows(x: torch.Tensor, order: Order) -> torch.Tensor:
+    """x [N, d] -> rows [R, d] sorted by expert, each token k times."""
+    return _Gather.apply(x, order.source, order.position)
+
+
+def combine_rows(rows: torch.Tensor, gates: torch.Tensor, order: Order) -> torch.Tensor:
+    """rows [R, d] sorted by expert -> [N, d]: the sum of a token's k rows, weighted by gates [N, k]."""
+    return _Combine.apply(rows, gates, order.source, order.position)
+
+
+class Dispatcher(Protocol):
+    """Takes tokens to their experts and back."""
+
+    def __call__(
+        self, x: torch.Tensor, expert_ids: torch.Tensor, gates: torch.Tensor, experts: Experts
+    ) -> torch.Tensor:
+        """x [N, d_in], expert_ids [N, k] int64, gates [N, k] fp32 -> [N, d_out]: sum over k of gate * expert(x)."""
+        ...
+
+
+class LocalDispatcher:
+    """The dispatcher of a process that holds every expert."""
+
+    def __init__(self, num_experts: int) -> None:
+        self.num_experts = num_experts
+
+    def __call__(
+        self, x: torch.Tensor, expert_ids: torch.Tensor, gates: torch.Tensor, experts: Experts
+    ) -> torch.Tensor:
+        """See Dispatcher."""
+        order = sort_by_expert(expert_ids, self.num_experts)
+        return combine_rows(experts(gather_rows(x, order), order.counts), gates, order)
+
+
+class Routed(NamedTuple):
+    """What a sparse layer returns. Losses are raw, without coefficients; see router.losses for their formulas."""
+
+    out: torch.Tensor
+    """[..., d_out], leading shape of the input."""
+    balance: torch.Tensor
+    """[] fp32."""
+    z: torch.Tensor
+    """[] fp32."""
+    counts: torch.Tensor
+    """[E] fp32: choices by valid tokens, all k of them; detached."""
+
+
+class SparseMlp(nn.Module):
+    """Takes the place of Mlp: each token visits top_k of num_experts."""
+
+    def __init__(self, moe: Moe, d_in: int, hidden: int, d_out: int, activation: Activation, bias: bool) -> None:
+        super().__init__()
+        self.moe = moe
+        self.router = Router(d_in, moe.num_experts)
+        self.experts = Experts(moe.num_experts, d_in, hidden, d_out, activation, bias)
+        self.dispatcher: Dispatcher = LocalDispatcher(moe.num_experts)
+
+    def forward(self, x: torch.Tensor, valid: torch.Tensor, router_input: RouterInput) -> Routed:
+        """x [S, L, d_in] or [N, d_in] (one leading row), valid bool of the same leading shape.
+
+        Every token gets an output; the losses and counts see the valid ones.
+        """
+        tokens = x.reshape(-1, x.shape[-1])
+        choice = choose(self.moe, self.router(tokens), router_input.bias)
+        out = self.dispatcher(tokens, choice.expert_ids, choice.gates, self.experts)
+        leading_rows = valid if valid.dim() > 1 else valid.unsqueeze(0)
+        balance, z, counts = losses(self.moe, choice, leading_rows, router_input)
+        return Routed(out.view(*x.shape[:-1], -1), balance, z, counts.detach())
