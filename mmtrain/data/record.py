@@ -1,15 +1,19 @@
 """The records that pass between the parts of the data stream, from a tar's index to a batch on the device.
 
-Order of life: `Index` (what a shard holds, without opening it) -> planner -> `Document` (one sample, decoded) -> `Batch` -> `Step`.
+Order of life: `Index` (a shard without opening it) -> planner -> `Document` (a sample, decoded) -> `Batch` -> `Step`.
 """
 
+from __future__ import annotations  # decoding processes import this module and never torch, which takes seconds
+
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
-import torch
 
 from mmtrain.config.tokens import TokenKind
+
+if TYPE_CHECKING:
+    import torch
 
 DocumentKind = Literal["caption", "interleaved", "text", "conversation"]
 
@@ -184,9 +188,9 @@ class Batch:
     num_sources: int
     """Sources of the recipe: length of the sums by source."""
 
-    def to(self, device: torch.device | str) -> "Batch":
+    def to(self, device: torch.device | str) -> Batch:
         """The same batch with every tensor on `device`."""
-        tensors = {name: value for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
+        tensors = {name: value for name, value in vars(self).items() if hasattr(value, "device")}
         return replace(self, **{name: value.to(device, non_blocking=True) for name, value in tensors.items()})
 
 
