@@ -23,7 +23,7 @@ class Role:
     fan_out  outputs of the map in the unsharded model.
     init     "normal" with std `std`; "zeros"; "ones".
     std      initial std at the base width; None means base_fan_in ** -0.5.
-    rows     leading rows that mean something, e.g. the vocabulary without its padding: the rest starts at zero. None: all.
+    rows     leading rows that mean something (the vocabulary without its padding); the rest starts at zero. None: all.
     """
 
     kind: Kind
