@@ -1,0 +1,263 @@
+"""Rules that need more than one value, or the number of ranks. Each broken one is a sentence with its numbers."""
+
+import math
+from collections.abc import Iterator, Sequence
+from fnmatch import fnmatchcase
+
+from mmtrain.config.errors import ConfigError
+from mmtrain.config.keys import exists, hint, leaves, sections, together
+from mmtrain.config.layout import divides, divisors, layout_problems, multiples, sparse_parts
+from mmtrain.config.schema import PARTS, Model, Recipe
+
+AT_LEAST_ONE = (
+    "model.*_size",
+    "model.*.num_layers",
+    "model.*.num_heads",
+    "model.*.num_kv_heads",
+    "model.*.head_dim",
+    "model.*.moe.top_k",
+    "model.*.moe.every",
+    "model.connector.num_tokens",
+    "data.sequence_length",
+    "data.max_images",
+    "data.global_batch",
+    "data.micro_batch",
+    "data.window",
+    "data.open_shards",
+    "data.max_image_pixels",
+    "parallel.tensor",
+    "parallel.expert",
+    "checkpoint.every",
+    "checkpoint.keep_last",
+    "log.every",
+    "eval.batches",
+    "eval.matching.limit",
+)
+"""Counts and sizes that cannot be 0."""
+
+ABOVE_ZERO = ("model.*.norm_eps", "model.*.rope_theta", "model.*.rope_scaling.*", "optim.lr", "optim.eps", "mup.base.*")
+"""Numbers that cannot be 0."""
+
+MAY_BE_NEGATIVE = ("model.vision.select_layer", "seed")
+
+UP_TO_ONE = ("optim.final_lr_ratio", "data.max_bad_fraction")
+
+BELOW_ONE = ("optim.beta1", "optim.beta2")
+
+
+def check(recipe: Recipe, world_size: int) -> None:
+    """Raise one ConfigError with every reason why `recipe` cannot run on `world_size` ranks."""
+    if found := list(problems(recipe, world_size)):
+        heading = f"recipe {recipe.name} cannot run on {world_size} rank{'s' if world_size != 1 else ''}"
+        raise ConfigError(f"{heading}: {found[0]}") if len(found) == 1 else together(heading, found)
+
+
+def problems(recipe: Recipe, world_size: int) -> Iterator[str]:
+    """Every rule that `recipe` breaks on `world_size` ranks."""
+    if impossible := list(_numbers(recipe)):
+        yield from impossible  # the rules below divide by these numbers
+        return
+    yield from _vision(recipe.model)
+    yield from _connector(recipe.model)
+    yield from _decoder(recipe.model)
+    yield from _experts(recipe.model)
+    yield from _start(recipe)
+    yield from _data(recipe)
+    yield from _length(recipe)
+    yield from _eval(recipe)
+    yield from _mup(recipe)
+    yield from _resume(recipe)
+    yield from layout_problems(recipe, world_size)
+
+
+def _numbers(recipe: Recipe) -> Iterator[str]:
+    """Numbers out of their range, whatever the others are."""
+    for key, value in leaves(recipe):
+        if isinstance(value, (list, tuple)):
+            lowest = min((item for item in value if isinstance(item, int)), default=1)
+            if lowest < 1:
+                yield f"{key}={list(value)}: every number must be at least 1"
+        elif isinstance(value, bool) or not isinstance(value, (int, float)) or _matches(key, MAY_BE_NEGATIVE):
+            continue
+        elif not math.isfinite(value):
+            yield f"{key}={value} is not a finite number"
+        elif _matches(key, AT_LEAST_ONE) and value < 1:
+            yield f"{key}={value} must be at least 1"
+        elif _matches(key, ABOVE_ZERO) and value <= 0:
+            yield f"{key}={value} must be above 0"
+        elif value < 0:
+            yield f"{key}={value} must not be negative; 0 is the least"
+        elif _matches(key, UP_TO_ONE) and value > 1:
+            yield f"{key}={value} must be between 0 and 1"
+        elif _matches(key, BELOW_ONE) and value >= 1:
+            yield f"{key}={value} must be at least 0 and below 1"
+
+
+def _matches(key: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatchcase(key, pattern) for pattern in patterns)
+
+
+def _vision(model: Model) -> Iterator[str]:
+    """The image tower by itself."""
+    vision = model.vision
+    for side, size in zip(("height", "width"), vision.image_size, strict=True):
+        if size % vision.patch_size:
+            yield (
+                f"model.vision.image_size: {side} {size} is not a multiple of model.vision.patch_size="
+                f"{vision.patch_size}; {multiples(size, vision.patch_size)}"
+            )
+    yield from divides("model.vision.hidden_size", vision.hidden_size, "model.vision.num_heads", vision.num_heads)
+    if not -vision.num_layers <= vision.select_layer <= -1:
+        nearest = -1 if vision.select_layer > -1 else -vision.num_layers
+        yield (
+            f"model.vision.select_layer={vision.select_layer} must be between -{vision.num_layers} (the first of "
+            f"{vision.num_layers} layers) and -1 (the last); the nearest is {nearest}"
+        )
+
+
+def _connector(model: Model) -> Iterator[str]:
+    """The connector between a grid of patches and the decoder."""
+    connector, (rows, columns) = model.connector, model.vision.grid()
+    tokens = connector.num_tokens
+    root = math.isqrt(tokens)
+    if connector.kind == "mlp":
+        if tokens != rows * columns:
+            yield (
+                f"model.connector.num_tokens={tokens}: kind mlp makes one token of each patch, and the grid has "
+                f"{rows} x {columns} = {rows * columns} patches; give {rows * columns}, or take another kind"
+            )
+    elif root * root != tokens:
+        yield (
+            f"model.connector.num_tokens={tokens} is not a square number; "
+            f"the nearest are {root * root} and {(root + 1) ** 2}"
+        )
+    if connector.kind == "attention_pool":
+        yield from divides(
+            "model.connector.hidden_size", connector.hidden_size, "model.connector.num_heads", connector.num_heads
+        )
+
+
+def _decoder(model: Model) -> Iterator[str]:
+    """The language model by itself."""
+    decoder = model.decoder
+    yield from divides("model.decoder.num_heads", decoder.num_heads, "model.decoder.num_kv_heads", decoder.num_kv_heads)
+    if decoder.rope and decoder.head_dim % 2:
+        yield (
+            f"model.decoder.head_dim={decoder.head_dim} is odd, and rotary positions turn pairs; "
+            f"the nearest are {decoder.head_dim - 1} and {decoder.head_dim + 1}"
+        )
+
+
+def _experts(model: Model) -> Iterator[str]:
+    """Experts of each part."""
+    layers = {"vision": model.vision.built_layers(), "connector": 1, "decoder": model.decoder.num_layers}
+    for part, moe in sparse_parts(model):
+        where = f"model.{part}.moe"
+        if moe.top_k > moe.num_experts:
+            yield (
+                f"{where}.top_k={moe.top_k} is more than {where}.num_experts={moe.num_experts}; "
+                f"the nearest is {moe.num_experts}"
+            )
+        if part != "connector" and 0 < layers[part] < moe.every:
+            yield (
+                f"{where}.every={moe.every}: the part has {layers[part]} layers, so none would hold experts; "
+                f"the nearest is {layers[part]}"
+            )
+
+
+def _start(recipe: Recipe) -> Iterator[str]:
+    """Where weights come from."""
+    if recipe.requires_pretrained and not recipe.init_from:
+        yield (
+            "init_from is empty: this recipe starts from pretrained weights and makes no sense without them; "
+            "give init_from=CHECKPOINT"
+        )
+    if not recipe.trainable:
+        yield "trainable is empty, so nothing would learn; trainable: ['*'] trains everything"
+    for part in PARTS:
+        if getattr(recipe.upcycle, part) is None:
+            continue
+        if not getattr(recipe.model, part).moe.num_experts:
+            yield (
+                f"upcycle.{part} makes experts, but model.{part}.moe.num_experts=0; give model.{part}.moe.num_experts, "
+                f"or set upcycle.{part} to null"
+            )
+        if not recipe.init_from:
+            yield f"upcycle.{part} copies dense weights, but init_from is empty; give init_from=DENSE_CHECKPOINT"
+
+
+def _data(recipe: Recipe) -> Iterator[str]:
+    """The mixture and the packs."""
+    data, tokens = recipe.data, recipe.model.connector.num_tokens
+    if not data.sources:
+        yield "data.sources is empty; name at least one folder of shards, data.sources.NAME.shards=FOLDER"
+    elif not any(source.weight for source in data.sources.values()):
+        yield f"data.sources: every weight is 0 ({', '.join(data.sources)}); give one of them a weight above 0"
+    frames = 1 + data.sub_images
+    if data.sequence_length <= tokens * frames:
+        yield (
+            f"data.sequence_length={data.sequence_length} holds no text beside one image of "
+            f"{frames} x {tokens} = {frames * tokens} tokens (1 + data.sub_images={data.sub_images}, "
+            f"model.connector.num_tokens={tokens}); the least is {frames * tokens + 1}"
+        )
+    if data.max_images < frames:
+        yield (
+            f"data.max_images={data.max_images} is less than the {frames} pieces of one image "
+            f"(1 + data.sub_images={data.sub_images}); the nearest is {frames}"
+        )
+    if data.global_batch % data.num_lanes():
+        yield (
+            f"data.lanes={data.lanes} does not divide data.global_batch={data.global_batch}; "
+            f"lanes that fit: {divisors(data.global_batch)}"
+        )
+
+
+def _length(recipe: Recipe) -> Iterator[str]:
+    """How long the stage is, and its schedule."""
+    if not recipe.steps and not recipe.epochs:
+        yield "steps=0 and epochs=0: the stage has no length; give one of them"
+    if recipe.steps and recipe.epochs:
+        yield f"steps={recipe.steps} and epochs={recipe.epochs:g} are both given; set one of them to 0"
+    if recipe.steps and recipe.optim.warmup_steps >= recipe.steps:
+        yield (
+            f"optim.warmup_steps={recipe.optim.warmup_steps} leaves none of steps={recipe.steps} at the full rate; "
+            f"the nearest is {recipe.steps - 1}"
+        )
+
+
+def _eval(recipe: Recipe) -> Iterator[str]:
+    """Measuring inside the loop."""
+    measured = recipe.eval
+    if recipe.checkpoint.keep_best and not (measured.every and measured.sources):
+        lacking = "eval.every=0" if not measured.every else "eval.sources is empty"
+        yield (
+            f"checkpoint.keep_best needs a held-out loss, but {lacking}; "
+            "give eval.every and eval.sources, or set checkpoint.keep_best=false"
+        )
+    if measured.every and not measured.sources and measured.matching is None:
+        yield (
+            f"eval.every={measured.every} has nothing to measure; "
+            "give eval.sources or eval.matching, or set eval.every=0"
+        )
+
+
+def _mup(recipe: Recipe) -> Iterator[str]:
+    """Names in the muP section; mup.scales checks that the base model can exist."""
+    for part in recipe.mup.lr:
+        if part not in PARTS:
+            yield f"mup.lr.{part}: no such part{hint(part, PARTS)}"
+    for part, widths in recipe.mup.base.items():
+        if part not in PARTS:
+            yield f"mup.base.{part}: no such part{hint(part, PARTS)}"
+            continue
+        counts = [name for name, kind in sections(type(getattr(recipe.model, part))).items() if kind is int]
+        for key in widths:
+            if key not in (*counts, "num_experts"):
+                yield f"mup.base.{part}.{key}: no width of {part}{hint(key, (*counts, 'num_experts'))}"
+
+
+def _resume(recipe: Recipe) -> Iterator[str]:
+    """Keys that a resumed run may change."""
+    for key in recipe.resume_allow:
+        if not exists(key):
+            yield f"resume_allow: {key!r} is no key of a recipe{hint(key, (known for known, _ in leaves(recipe)))}"

@@ -1,0 +1,119 @@
+"""Rules of the layout: what DeepSpeed, tensor ranks, expert ranks and data ranks can share."""
+
+from collections.abc import Iterator
+
+from mmtrain.config.schema import PARTS, Model, Moe, Recipe
+
+
+def layout_problems(recipe: Recipe, world_size: int) -> Iterator[str]:
+    """Every rule of the layout that `recipe` breaks on `world_size` ranks."""
+    yield from _engine(recipe)
+    yield from _tensor(recipe.model, recipe.parallel.tensor)
+    yield from _ranks(recipe, world_size)
+
+
+def _engine(recipe: Recipe) -> Iterator[str]:
+    """Pairs of settings that DeepSpeed gets wrong or refuses (DESIGN section 5, traps 4 and 14)."""
+    layout = recipe.parallel
+    if layout.zero_stage == 0 and layout.expert > 1:
+        yield (
+            f"parallel.zero_stage=0 with parallel.expert={layout.expert} clips with a wrong gradient norm; "
+            "take zero_stage 1 or 2, or expert=1"
+        )
+    if layout.zero_stage == 0 and layout.precision == "bf16":
+        yield (
+            "parallel.zero_stage=0 with precision=bf16 cannot sum gradients in fp32; "
+            "take zero_stage 1, or precision=fp32"
+        )
+    if layout.zero_stage == 3 and layout.expert > 1:
+        yield (
+            f"parallel.zero_stage=3 with parallel.expert={layout.expert}: DeepSpeed refuses experts over ranks there; "
+            "take zero_stage 2, or expert=1"
+        )
+    if layout.zero_stage == 0 and layout.offload_optimizer:
+        yield "parallel.offload_optimizer needs sharded optimizer state; take zero_stage 1, 2 or 3"
+
+
+def _tensor(model: Model, tensor: int) -> Iterator[str]:
+    """What tensor ranks share must be divisible by their number."""
+    vision, connector, decoder = model.vision, model.connector, model.decoder
+    shared = {
+        "model.vision.num_heads": vision.num_heads,
+        "model.vision.intermediate_size": vision.intermediate_size,
+        "model.decoder.num_heads": decoder.num_heads,
+        "model.decoder.intermediate_size": decoder.intermediate_size,
+        "model.decoder.hidden_size": decoder.hidden_size,  # the width inside the connector's MLP
+    }
+    if connector.kind == "attention_pool":
+        shared["model.connector.num_heads"] = connector.num_heads
+    for key, size in shared.items():
+        if size % tensor:
+            yield f"{key}={size} is not a multiple of parallel.tensor={tensor}; tensor sizes that fit: {divisors(size)}"
+    if decoder.num_kv_heads % tensor:
+        less = "less than" if decoder.num_kv_heads < tensor else "not a multiple of"
+        yield (
+            f"model.decoder.num_kv_heads={decoder.num_kv_heads} is {less} parallel.tensor={tensor}, and a head cannot "
+            f"be cut; tensor sizes that fit: {divisors(decoder.num_kv_heads)}"
+        )
+    if decoder.padded_vocab() % tensor:
+        yield (
+            f"model.decoder.vocab_size={decoder.vocab_size}, padded to {decoder.padded_vocab()}, is not a multiple of "
+            f"parallel.tensor={tensor}; tensor sizes that fit: {divisors(decoder.padded_vocab())}"
+        )
+
+
+def _ranks(recipe: Recipe, world_size: int) -> Iterator[str]:
+    """The layout on this number of ranks."""
+    data, layout = recipe.data, recipe.parallel
+    for part, moe in sparse_parts(recipe.model):
+        if moe.num_experts % layout.expert:
+            yield (
+                f"model.{part}.moe.num_experts={moe.num_experts} is not a multiple of parallel.expert={layout.expert}; "
+                f"expert sizes that fit: {divisors(moe.num_experts)}"
+            )
+    if world_size % layout.tensor:
+        yield (
+            f"{world_size} ranks are not a multiple of parallel.tensor={layout.tensor}; "
+            f"{multiples(world_size, layout.tensor)}"
+        )
+        return
+    size = world_size // layout.tensor
+    ranks = f"data size {size} ({world_size} ranks / parallel.tensor={layout.tensor})"
+    if size % layout.expert:
+        yield f"parallel.expert={layout.expert} does not divide the {ranks}; expert sizes that fit: {divisors(size)}"
+    step = data.micro_batch * size
+    if data.global_batch % step:
+        yield (
+            f"data.global_batch={data.global_batch} is not a multiple of data.micro_batch={data.micro_batch} x "
+            f"{ranks} = {step}; {multiples(data.global_batch, step)}"
+        )
+    if data.num_lanes() % size:
+        yield (
+            f"the {ranks} does not divide the {data.num_lanes()} lanes of the stream (data.lanes, or else "
+            f"data.global_batch); data sizes that fit: {divisors(data.num_lanes())}"
+        )
+
+
+def sparse_parts(model: Model) -> Iterator[tuple[str, Moe]]:
+    """Name and experts of each part that has some."""
+    for part in PARTS:
+        moe = getattr(model, part).moe
+        if moe.num_experts:
+            yield part, moe
+
+
+def divides(key: str, value: int, by_key: str, by: int) -> Iterator[str]:
+    """A sentence unless `by` divides `value`."""
+    if value % by:
+        yield f"{key}={value} is not a multiple of {by_key}={by}; {multiples(value, by)}"
+
+
+def multiples(value: int, of: int) -> str:
+    """The nearest multiples around a value, in words."""
+    low = value // of * of
+    return f"the nearest are {low} and {low + of}" if low else f"the nearest is {of}"
+
+
+def divisors(value: int) -> str:
+    """All numbers that divide a value, in words."""
+    return ", ".join(str(number) for number in range(1, value + 1) if value % number == 0)

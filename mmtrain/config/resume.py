@@ -1,0 +1,40 @@
+"""What may differ between an interrupted run's recipe and the one that goes on with it."""
+
+from mmtrain.config.keys import leaves
+from mmtrain.config.schema import Recipe
+
+ALWAYS_FREE = (
+    "name",
+    "out",
+    "steps",
+    "epochs",
+    "requires_pretrained",
+    "resume",
+    "resume_allow",
+    "log",
+    "eval",
+    "checkpoint",
+    "parallel",
+    "guard",
+    "data.workers",
+    "data.micro_batch",  # how the global batch is cut: layout, like the world size
+)
+"""Keys and sections that change how a run is done or watched, never what it computes."""
+
+
+def resume_differences(old: Recipe, new: Recipe) -> tuple[list[str], list[str]]:
+    """(allowed, refused): each difference as `key: old -> new`, in the order of the schema.
+
+    Allowed are ALWAYS_FREE and what `new.resume_allow` names, a key or a whole section; all else is refused.
+    """
+    before, after = dict(leaves(old)), dict(leaves(new))
+    free = (*ALWAYS_FREE, *new.resume_allow)
+    allowed: list[str] = []
+    refused: list[str] = []
+    for key in dict.fromkeys((*after, *before)):
+        if key in before and key in after and before[key] == after[key]:
+            continue
+        line = f"{key}: {before.get(key, 'not set')} -> {after.get(key, 'not set')}"
+        is_free = any(key == name or key.startswith(name + ".") for name in free)
+        (allowed if is_free else refused).append(line)
+    return allowed, refused
