@@ -1,0 +1,89 @@
+"""Who am I among the processes? Read from the launcher's environment variables, without starting anything."""
+
+import os
+import re
+import socket
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from mmtrain.config.errors import ConfigError
+
+SLURM_PORTS = range(20000, 30000)  # below Linux's ephemeral range, so that no outgoing connection holds one
+
+
+@dataclass(frozen=True)
+class Place:
+    """A process of the job, and where its rank 0 listens."""
+
+    rank: int
+    world: int
+    local_rank: int
+    address: str
+    port: int
+    launcher: str
+
+
+def discover(environment: Mapping[str, str] | None = None) -> Place:
+    """The place of this process, from torchrun or deepspeed, else srun, else alone. ConfigError where it is half said."""
+    env = os.environ if environment is None else environment
+    if "RANK" in env or "WORLD_SIZE" in env:
+        return _from_launcher(env)
+    if "SLURM_PROCID" in env and int(env.get("SLURM_NTASKS", "1")) > 1:
+        return _from_slurm(env)
+    return Place(0, 1, 0, "127.0.0.1", free_port(), "none")
+
+
+def _from_launcher(env: Mapping[str, str]) -> Place:
+    """RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT as torchrun and deepspeed set them."""
+    missing = [key for key in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if not env.get(key)]
+    if missing:
+        raise ConfigError(
+            f"environment: {', '.join(missing)} not set beside RANK / WORLD_SIZE: start with deepspeed, torchrun or "
+            f"srun, or unset RANK and WORLD_SIZE to run one process"
+        )
+    rank, world = int(env["RANK"]), int(env["WORLD_SIZE"])
+    return Place(rank, world, int(env.get("LOCAL_RANK", rank)), env["MASTER_ADDR"], int(env["MASTER_PORT"]), "torchrun")
+
+
+def _from_slurm(env: Mapping[str, str]) -> Place:
+    """srun's variables; rank 0 listens on the first host of the job, on a port that follows from the job's number."""
+    hosts = env.get("SLURM_JOB_NODELIST") or env.get("SLURM_NODELIST")
+    if not hosts:
+        raise ConfigError("environment: SLURM_PROCID without SLURM_JOB_NODELIST: start the program with srun in a job")
+    port = env.get("MASTER_PORT") or SLURM_PORTS[int(env.get("SLURM_JOB_ID", "0")) % len(SLURM_PORTS)]
+    return Place(
+        int(env["SLURM_PROCID"]),
+        int(env["SLURM_NTASKS"]),
+        int(env.get("SLURM_LOCALID", "0")),
+        env.get("MASTER_ADDR") or first_host(hosts),
+        int(port),
+        "srun",
+    )
+
+
+def first_host(nodelist: str) -> str:
+    """First name of SLURM's compressed list: "gpu[03-07,9],login" -> "gpu03"."""
+    match = re.match(r"([^\[,]+)(?:\[([^\],-]+)[^\]]*\](\S*?)(?:,|$))?", nodelist)
+    if match is None:
+        raise ConfigError(f"environment: cannot read SLURM_JOB_NODELIST {nodelist!r}")
+    prefix, first, suffix = match.groups()
+    return prefix + (first or "") + (suffix or "")
+
+
+def free_port() -> int:
+    """A port on this machine that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def port_in_use(place: Place) -> ConfigError:
+    """The error of a rank 0 whose port is taken."""
+    remedy = {
+        "none": "start again: a free port is chosen at every start",
+        "srun": "set MASTER_PORT to another port in the job script",
+        "torchrun": "give the launcher another one, e.g. `deepspeed --master_port 29511` or `torchrun --master-port 29511`",
+    }[place.launcher]
+    return ConfigError(
+        f"port {place.port} on {place.address} is in use, by another job or by one that did not end: {remedy}"
+    )

@@ -1,0 +1,24 @@
+"""Imports DeepSpeed and megatron-core once, quietly, for the accelerator at hand.
+
+Both announce on import what is not installed (Apex, Transformer Engine, CUDA toolkits); nothing here uses any of it.
+"""
+
+import logging
+import os
+import warnings
+
+import torch
+
+os.environ.setdefault("DS_LOG_LEVEL", "error")
+if not torch.cuda.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    import deepspeed
+    from megatron.core import parallel_state, tensor_parallel
+    from megatron.core.model_parallel_config import ModelParallelConfig
+
+logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+
+__all__ = ["ModelParallelConfig", "deepspeed", "parallel_state", "tensor_parallel"]
