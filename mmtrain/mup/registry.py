@@ -52,18 +52,19 @@ class Registry:
     def build(cls, model: nn.Module, base: nn.Module, mup: Mup) -> "Registry":
         """The table of `model` against `base`, the same model at the base widths. Both may be on the meta device.
 
-        Raises ValueError when a parameter has no role, or when the two models differ in more than widths; ConfigError
-        when mup.lr names something that is no part.
+        Raises ValueError when a parameter has no role or another kind in the base; ConfigError when the base widths
+        give a model with other parameters, or mup.lr names something that is no part.
         """
         for part in mup.lr:
             if part not in PARTS:
                 raise ConfigError(f"mup.lr.{part}: the parts are {', '.join(PARTS)}{nearest(part, PARTS)}")
         roles, base_roles = _roles(model), _roles(base)
         if roles.keys() != base_roles.keys():
-            raise ValueError(
-                "the model and its base have different parameters: "
+            raise ConfigError(
+                "mup.base: the model at the base widths has other parameters: "
                 f"only the model has {sorted(roles.keys() - base_roles.keys())}, "
-                f"only the base has {sorted(base_roles.keys() - roles.keys())}; a base may differ in widths only"
+                f"only the base has {sorted(base_roles.keys() - roles.keys())}; take base widths in the model's "
+                "proportions (a C-Abstractor has a shortcut weight only where vision and connector differ in width)"
             )
         shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
         return cls({name: _entry(name, shapes[name], role, base_roles[name], mup) for name, role in roles.items()})

@@ -32,8 +32,10 @@ def test_a_parameter_without_a_role_is_named():
 def test_a_base_with_other_parameters_is_refused():
     deeper = toy(BASE)
     deeper.vision.extra = declare(nn.Parameter(torch.empty(3)), Role("vector", None, 3, init="zeros"))
-    message = r"only the model has \[\], only the base has \['vision\.extra'\]; a base may differ in widths only"
-    with pytest.raises(ValueError, match=message):
+    message = (
+        r"mup\.base: .* only the model has \[\], only the base has \['vision\.extra'\]; take base widths in the mod"
+    )
+    with pytest.raises(ConfigError, match=message):
         Registry.build(toy(GROWN), deeper, Mup())
 
 
