@@ -103,7 +103,7 @@ def _write(records: Iterable[Record | Problem], folder: Path, samples_per_shard:
     writer = ShardWriter(folder, samples_per_shard)
     for record in records:
         if isinstance(record, Record):
-            document = json.dumps(record.content.as_json(), ensure_ascii=False, separators=(",", ":")).encode()
+            document = json.dumps(record.as_json(), ensure_ascii=False, separators=(",", ":")).encode()
             files = {suffix: path.read_bytes() for suffix, path in record.files.items()}
             writer.write(record.key, {"json": document, **files})
         else:

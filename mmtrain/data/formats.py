@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mmtrain.config.errors import DataError
-from mmtrain.data.chat import Turn
+from mmtrain.data.chat import IMAGE_MARK, Turn
 from mmtrain.data.documents import Content, content_defect
 from mmtrain.data.header import read_header
 
@@ -31,6 +31,12 @@ class Record:
     """Texts, and images by the suffix of their member."""
     files: dict[str, Path]
     """Member suffix -> image file."""
+    metadata: Any = None
+    """The record's own `metadata` (titles, attribution), kept in KEY.json and never read."""
+
+    def as_json(self) -> dict[str, Any]:
+        """What KEY.json holds."""
+        return self.content.as_json() | ({} if self.metadata is None else {"metadata": self.metadata})
 
 
 class Problem(NamedTuple):
@@ -72,7 +78,7 @@ def read_records(name: str, path: Path, images: Path, renumber: bool = False) ->
                 raise _Bad(f"same key as {seen[key]}; make the ids unique, or pass --renumber")
             seen[key] = where
             content, names = reader(fields, images)
-            yield Record(key, *_with_files(content, names, images))
+            yield Record(key, *_with_files(content, names, images), fields.get("metadata"))
         except _Bad as error:
             yield Problem(f"{where} (key {key!r})", str(error))
     if not found:
@@ -89,7 +95,7 @@ def texts_of(path: Path) -> Iterator[str]:
             raise DataError(f"{where}: {fields.why if isinstance(fields, Problem) else 'not an object'}; correct it")
         found = [fields.get("caption"), fields.get("text"), *(fields.get("texts") or [])]
         found += [turn.get("value") for turn in fields.get("conversations") or []]
-        yield from (text for text in found if isinstance(text, str))
+        yield from (text.replace(IMAGE_MARK, "") for text in found if isinstance(text, str))
 
 
 def _caption(fields: dict[str, Any], images: Path) -> tuple[Content, list[str]]:
@@ -148,7 +154,8 @@ def _with_files(content: Content, names: list[str], images: Path) -> tuple[Conte
             suffix = read_header(file.read_bytes()).suffix
         except ValueError as error:
             raise _Bad(f"image {name!r}: {error}") from None
-        suffixes.append(suffix if content.kind == "caption" else f"{number}.{suffix}")
+        alone = len(names) == 1 and content.kind != "interleaved"
+        suffixes.append(suffix if alone else f"{number}.{suffix}")
         files[suffixes[-1]] = file
     rest = iter(suffixes)
     named = tuple(None if image is None else next(rest) for image in content.images)
