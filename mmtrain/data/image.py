@@ -1,0 +1,173 @@
+"""Image files to pixels on the recipe's one canvas: uint8 [K, 3, H, W], K = 1 or an overview and four crops.
+
+JPEG is decoded at the smallest of libjpeg's scales that still covers what is needed; everything else, and any JPEG
+that the fast decoder refuses, goes through Pillow. Pixels stay uint8; the model normalises them.
+"""
+
+import io
+import struct
+from typing import Literal, NamedTuple
+
+import numpy as np
+import simplejpeg
+from PIL import Image, ImageOps
+
+from mmtrain.data.documents import BadSample
+
+PAD_COLOUR = (122, 116, 104)
+"""Colour around a padded image: CLIP's mean, which normalisation turns into (nearly) zero."""
+
+FORMATS = ("JPEG", "MPO", "PNG", "WEBP")
+"""What shards may hold. Pillow's other plugins are never asked: each is a parser of hostile bytes."""
+
+GRID = 2
+"""Crops along each side of the sub-image grid."""
+
+_SWAPS_SIDES = (5, 6, 7, 8)  # EXIF orientations that turn the picture by 90 degrees
+
+
+class Canvas(NamedTuple):
+    """How every image of a recipe becomes pixels."""
+
+    height: int
+    """Rows of the canvas."""
+    width: int
+    """Columns of the canvas."""
+    resize: Literal["squash", "pad", "shortest_crop"] = "squash"
+    """How an image of another shape meets the canvas."""
+    sub_images: int = 0
+    """4: an image larger than the canvas becomes an overview and 4 crops; 0: the overview alone."""
+    max_pixels: int = 50_000_000
+    """Larger images are refused before decoding."""
+
+    def panels(self, width: int, height: int) -> int:
+        """Canvases that an image of this size, as stored in the file, becomes: 1, or 1 + sub_images."""
+        return 1 + self.sub_images if width > self.width or height > self.height else 1
+
+
+def decode_image(data: bytes, canvas: Canvas) -> np.ndarray:
+    """Pixels of an image file: uint8 [panels, 3, H, W], the overview first, then crops row by row.
+
+    BadSample, with the reason, if the file is no readable image or has more pixels than the canvas allows.
+    """
+    image, panels = _decode_jpeg(data, canvas) if data[:3] == b"\xff\xd8\xff" else _decode_other(data, canvas)
+    out = np.empty((panels, 3, canvas.height, canvas.width), np.uint8)
+    out[0] = _on_canvas(image, canvas.height, canvas.width, canvas.resize).transpose(2, 0, 1)
+    if panels > 1:
+        whole = _on_canvas(image, GRID * canvas.height, GRID * canvas.width, canvas.resize)
+        crops = whole.reshape(GRID, canvas.height, GRID, canvas.width, 3).transpose(0, 2, 4, 1, 3)
+        out[1:] = crops.reshape(GRID * GRID, 3, canvas.height, canvas.width)
+    return out
+
+
+def _check_size(width: int, height: int, canvas: Canvas) -> None:
+    """BadSample if an image of this size must not be decoded."""
+    if width * height > canvas.max_pixels:
+        raise BadSample(f"{width} x {height} pixels, more than the {canvas.max_pixels} of data.max_image_pixels")
+    if not width or not height:
+        raise BadSample(f"{width} x {height} pixels")
+
+
+def _decode_jpeg(data: bytes, canvas: Canvas) -> tuple[Image.Image, int]:
+    """The picture, upright RGB, at least as large as needed but not always full size; and its panels."""
+    try:
+        height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
+    except ValueError:
+        return _decode_other(data, canvas)
+    _check_size(width, height, canvas)
+    if colours in ("CMYK", "YCCK"):
+        return _decode_other(data, canvas)
+    panels = canvas.panels(width, height)
+    orientation = _exif_orientation(data)
+    need_width, need_height = _needed(width, height, canvas, panels, orientation)
+    try:
+        pixels = simplejpeg.decode_jpeg(data, min_height=need_height, min_width=need_width)
+    except ValueError:  # the strict decoder refuses files that Pillow still reads
+        return _decode_other(data, canvas)
+    return _upright(Image.fromarray(pixels), orientation), panels
+
+
+def _needed(width: int, height: int, canvas: Canvas, panels: int, orientation: int) -> tuple[int, int]:
+    """Width and height, before turning, below which scaled decoding would lose what the canvas can show."""
+    grid = GRID if panels > 1 else 1
+    across, down = grid * canvas.width, grid * canvas.height
+    if orientation in _SWAPS_SIDES:
+        across, down = down, across
+    if canvas.resize == "pad":  # only the tighter side is filled
+        scale = min(across / width, down / height)
+        across, down = int(width * scale), int(height * scale)
+    return min(across, width), min(down, height)
+
+
+def _decode_other(data: bytes, canvas: Canvas) -> tuple[Image.Image, int]:
+    """The picture, upright RGB, through Pillow; and its panels."""
+    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None  # the recipe's own limit is checked here
+    try:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            width, height = image.size
+            _check_size(width, height, canvas)
+            orientation = image.getexif().get(0x0112, 1)
+            return _upright(_to_rgb(image), orientation), canvas.panels(width, height)
+    except BadSample:
+        raise
+    # Everything that Pillow's parsers are known to raise on damaged files.
+    except (OSError, ValueError, SyntaxError, EOFError, IndexError, TypeError, struct.error, MemoryError) as error:
+        raise BadSample(f"unreadable image: {error}") from None
+    finally:
+        Image.MAX_IMAGE_PIXELS = limit
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    """Any mode as 8-bit RGB; transparency on white, 16-bit grey scaled to 8 bits (Pillow alone would clip it)."""
+    if image.mode.startswith("I"):
+        grey = np.asarray(image)
+        image = Image.fromarray((grey.astype(np.int64).clip(0, 65535) >> 8).astype(np.uint8))
+    if "A" in image.mode or "a" in image.mode or "transparency" in image.info:
+        picture = image.convert("RGBA")
+        white = Image.new("RGBA", picture.size, (255, 255, 255, 255))
+        return Image.alpha_composite(white, picture).convert("RGB")
+    return image.convert("RGB")
+
+
+def _exif_orientation(data: bytes) -> int:
+    """EXIF orientation of a JPEG, 1 (upright) if it has none or a broken one."""
+    if b"Exif\x00\x00" not in data[: 1 << 16]:
+        return 1
+    exif = Image.Exif()
+    try:
+        start = data.index(b"Exif\x00\x00")
+        length = int.from_bytes(data[start - 2 : start], "big")
+        exif.load(data[start : start - 2 + length])
+        return int(exif.get(0x0112, 1))
+    except (OSError, ValueError, SyntaxError, TypeError, KeyError, struct.error):
+        return 1
+
+
+def _upright(image: Image.Image, orientation: int) -> Image.Image:
+    """The picture turned as its EXIF orientation asks."""
+    turns = {
+        2: Image.Transpose.FLIP_LEFT_RIGHT,
+        3: Image.Transpose.ROTATE_180,
+        4: Image.Transpose.FLIP_TOP_BOTTOM,
+        5: Image.Transpose.TRANSPOSE,
+        6: Image.Transpose.ROTATE_270,
+        7: Image.Transpose.TRANSVERSE,
+        8: Image.Transpose.ROTATE_90,
+    }
+    return image.transpose(turns[orientation]) if orientation in turns else image
+
+
+def _on_canvas(image: Image.Image, height: int, width: int, resize: str) -> np.ndarray:
+    """The picture on a canvas of height x width: uint8 [height, width, 3]."""
+    if image.size == (width, height):
+        return np.asarray(image)
+    bicubic = Image.Resampling.BICUBIC
+    if resize == "squash":
+        return np.asarray(image.resize((width, height), bicubic))
+    if resize == "shortest_crop":
+        return np.asarray(ImageOps.fit(image, (width, height), bicubic))
+    scale = min(width / image.width, height / image.height)
+    inside = (max(1, min(width, round(image.width * scale))), max(1, min(height, round(image.height * scale))))
+    canvas = Image.new("RGB", (width, height), PAD_COLOUR)
+    canvas.paste(image.resize(inside, bicubic), ((width - inside[0]) // 2, (height - inside[1]) // 2))
+    return np.asarray(canvas)

@@ -1,0 +1,185 @@
+"""The plan: which documents make up which pack, from metadata alone.
+
+Packs are a pure function of (indexes, data section, seed, number of the pack). Nothing here knows of ranks, workers or
+restarts; a restart continues from a cursor of counters and of the few documents that wait in the window.
+
+A pack is filled in three steps: documents that have waited too long; then documents in mixture order, oldest first
+within a source, until about a quarter is free; then the subset of the next documents that fills the rest exactly.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
+from typing import Any, NamedTuple
+
+from mmtrain.config.errors import ConfigError, DataError
+from mmtrain.config.schema import Data
+from mmtrain.data.fill import Filler
+from mmtrain.data.index import Shard, read_index
+from mmtrain.data.ordering import Sizer, SourceOrder
+from mmtrain.data.record import Index
+from mmtrain.data.window import Planned, Skipped, Stream
+
+CURSOR_VERSION = 1
+CURSOR_BYTES = 64 * 1024
+"""A cursor is shorter than this as JSON."""
+WAITING_BYTES = 18
+"""Most characters of a waiting document in it: three small differences (the first of a source is larger)."""
+
+
+class Plan(NamedTuple):
+    """The packs of one global step."""
+
+    packs: list[list[Planned]]
+    """global_batch packs; a finite run ends with empty ones."""
+    skipped: list[Skipped]
+    """Unusable samples passed by."""
+
+
+class Planner:
+    """Makes the packs of one run, in order, for all lanes at once."""
+
+    def __init__(
+        self,
+        shards: Mapping[str, Sequence[Shard]],
+        data: Data,
+        seed: int,
+        sizer: Sizer,
+        weights: Mapping[str, float],
+        passes: Mapping[str, int] | None = None,
+        read: Callable[[Shard], Index] = read_index,
+    ) -> None:
+        """Plan `weights` (source -> share, in the recipe's order) over `shards` (source -> its shards).
+
+        `passes` ends the plan when the sources it names have given that many documents; empty packs follow. Without it
+        the plan never ends. ConfigError if a pack cannot hold an image, or the window is too small or too large.
+        """
+        self._data, self._sizer, self._seed = data, sizer, seed
+        self._packs = 0
+        names = [name for name, weight in weights.items() if weight > 0]
+        total = sum(weights[name] for name in names)
+        self._check(names, sizer, data)
+        # Bound on the wait: see Filler.take_overdue. A quarter of it is window, the rest is freedom to choose.
+        volume = (data.max_wait - 4 * len(names) - 2) / 4
+        self._patience = data.max_wait - math.ceil(2 * (volume + 2 * len(names)) + 2)
+        self._skipped: list[Skipped] = []
+        self._streams = []
+        for number, name in enumerate(weights):
+            if name in names:
+                order = SourceOrder(name, shards[name], sizer, seed, data.open_shards, read)
+                share = weights[name] / total
+                limit = (passes or {}).get(name)
+                self._streams.append(Stream(number, order, share, data, sizer, share * volume, limit))
+
+    @staticmethod
+    def _check(names: Sequence[str], sizer: Sizer, data: Data) -> None:
+        """ConfigError with the numbers if no plan can hold its promises."""
+        if not names:
+            raise ConfigError("data.sources: no source has a weight above 0; give at least one")
+        panels = 1 + sizer.canvas.sub_images
+        if panels * sizer.image_tokens > data.sequence_length or panels > data.max_images:
+            raise ConfigError(
+                f"data: one image becomes up to {panels} panels of {sizer.image_tokens} tokens, but a pack holds "
+                f"{data.sequence_length} tokens and {data.max_images} images; raise data.sequence_length to at least "
+                f"{panels * sizer.image_tokens} and data.max_images to at least {panels}"
+            )
+        least = 4 * len(names) + 6
+        if data.max_wait < least:
+            raise ConfigError(
+                f"data.max_wait is {data.max_wait}, but {len(names)} sources need at least {least} packs to keep their "
+                f"mixture; set data.max_wait={least} or more"
+            )
+        most = (CURSOR_BYTES - 4096 - 256 * len(names)) // (WAITING_BYTES * len(names))
+        if not 1 <= data.window <= most:
+            raise ConfigError(
+                f"data.window is {data.window}, but with {len(names)} sources it must lie in 1 ... {most}, so that the "
+                f"state stays under {CURSOR_BYTES // 1024} KiB; set data.window={max(1, min(data.window, most))}"
+            )
+
+    @property
+    def packs(self) -> int:
+        """Packs made so far."""
+        return self._packs
+
+    @property
+    def longest_wait(self) -> int:
+        """Packs that the oldest document in the windows has waited for."""
+        entered = [stream.waiting[0].entered for stream in self._streams if stream.waiting]
+        return self._packs - min(entered, default=self._packs)
+
+    def longest_lasting(self) -> str:
+        """The source whose documents last longest, by tokens / weight; reads every index once."""
+        return max(self._streams, key=lambda stream: stream.order.total_tokens() / stream.share).order.name
+
+    @property
+    def served(self) -> dict[str, int]:
+        """Source -> tokens planned so far, image tokens included."""
+        return {stream.order.name: stream.served for stream in self._streams}
+
+    @property
+    def finished(self) -> bool:
+        """Whether only empty packs can follow."""
+        limited = [stream for stream in self._streams if stream.limit is not None]
+        return bool(limited) and all(stream.ended() for stream in limited)
+
+    def next_step(self) -> Plan:
+        """The packs of the next global step."""
+        self._skipped = []
+        packs = [self._next_pack() for _ in range(self._data.global_batch)]
+        return Plan(packs, self._skipped)
+
+    def _next_pack(self) -> list[Planned]:
+        """The next pack, empty when the plan has ended."""
+        for stream in self._streams:
+            stream.refill(self._packs, self._skipped)
+        active = [stream for stream in self._streams if stream.waiting]
+        pack: list[Planned] = []
+        if active and not self.finished:
+            filler = Filler(active, self._data)
+            filler.take_overdue(self._packs - self._patience)
+            filler.fill()
+            for stream, number in filler.taken:
+                pack.append(stream.planned(stream.waiting[number]))
+            for stream in active:
+                stream.remove({number for owner, number in filler.taken if owner is stream})
+        self._packs += 1
+        return pack
+
+    def cursor(self) -> dict[str, Any]:
+        """State after the packs made so far, as JSON."""
+        return {
+            "version": CURSOR_VERSION,
+            "packs": self._packs,
+            "plan": self._identity,
+            "sources": {stream.order.name: stream.state() for stream in self._streams},
+        }
+
+    def restore(self, cursor: Mapping[str, Any]) -> None:
+        """Continue after `cursor`; DataError, naming what differs, if it belongs to another plan."""
+        mine, theirs = self._identity, cursor.get("plan", {})
+        if cursor.get("version") != CURSOR_VERSION or mine != theirs:
+            differing = [
+                f"{key} was {theirs.get(key)}, is {mine.get(key)}" for key in mine if mine[key] != theirs.get(key)
+            ]
+            differing += [f"{key} was {theirs[key]}, is gone" for key in theirs if key not in mine]
+            raise DataError(
+                f"data: the checkpoint's place in the stream belongs to another plan ({'; '.join(differing)}); restore "
+                "these, or start a new run from its weights with init_from"
+            )
+        self._packs = cursor["packs"]
+        for stream in self._streams:
+            stream.load(cursor["sources"][stream.order.name])
+
+    @cached_property
+    def _identity(self) -> dict[str, Any]:
+        """What a cursor's counters mean something for. Weights, windows and batch sizes may change in between."""
+        data, canvas = self._data, self._sizer.canvas
+        return {
+            "seed": self._seed,
+            "sequence_length": data.sequence_length,
+            "max_images": data.max_images,
+            "open_shards": data.open_shards,
+            "image_tokens": self._sizer.image_tokens,
+            "sub_images": [canvas.height, canvas.width, canvas.sub_images] if canvas.sub_images else 0,
+            **{f"source {stream.order.name}": stream.order.identity() for stream in self._streams},
+        }
