@@ -1,0 +1,215 @@
+"""The stream that a data-parallel rank trains on: one optimizer step at a time, all its micro-batches at once."""
+
+import math
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import replace
+from functools import cached_property
+from typing import Any, NamedTuple
+
+from mmtrain.config.errors import ConfigError, DataError
+from mmtrain.config.schema import Recipe, Source
+from mmtrain.config.tokens import TokenKind
+from mmtrain.data.batch import canvas_of, stack
+from mmtrain.data.collate import Shape
+from mmtrain.data.index import open_folder
+from mmtrain.data.ordering import Sizer
+from mmtrain.data.plan import Plan, Planner
+from mmtrain.data.pool import WorkerPool
+from mmtrain.data.reader import Reader, ReaderSpec, ReadPack
+from mmtrain.data.record import Batch, Step
+from mmtrain.data.tokenizer import Tokenizer
+from mmtrain.data.window import Planned, Skipped
+
+STEPS_AHEAD = 2
+"""Steps planned and being decoded while the model works on one."""
+
+MIN_SAMPLES = 100
+"""No run is stopped for its share of bad samples before it has read this many."""
+
+
+class _Pending(NamedTuple):
+    """A step on its way."""
+
+    packs: list[list[Planned]]
+    answers: list[Future[ReadPack]]
+    skipped: list[Skipped]
+    cursor: dict[str, Any]
+    served: dict[str, int]
+
+
+class Loader:
+    """Iterates `Step`s. The packs of a step depend on recipe, shards and seed alone, never on ranks or workers.
+
+    Pack i of a step belongs to lane i mod lanes, and a lane to data rank lane mod data_size.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        tokenizer: Tokenizer,
+        data_rank: int,
+        data_size: int,
+        sources: Mapping[str, Source] | None = None,
+        cursor: Mapping[str, Any] | None = None,
+        finite_batches: int | None = None,
+    ) -> None:
+        """Open the shards of `sources` (default: the recipe's) and continue after `cursor`, if given.
+
+        `finite_batches`: end after as many global batches, with each sample at most once and empty packs when they run
+        out (evaluation). ConfigError or DataError if layout, shards or cursor do not fit.
+        """
+        _check_layout(recipe, data_size)
+        self._recipe, self._finite = recipe, finite_batches
+        self._rank, self._size = data_rank, data_size
+        self._sources = dict(recipe.data.sources if sources is None else sources)
+        self._shape = Shape(canvas_of(recipe), recipe.model.connector.num_tokens, recipe.data.sequence_length)
+        self._planner = make_planner(recipe, tokenizer, self._sources, finite_batches is not None)
+        self._tokenizer = tokenizer
+        if cursor is not None:
+            self._planner.restore(cursor)
+        self._spec = ReaderSpec(str(tokenizer.path), recipe.data.chat_template, self._shape, tuple(self._sources))
+        self._reader = Reader(self._spec, tokenizer)
+        self._pool = WorkerPool(self._spec, recipe.data.workers) if recipe.data.workers else None
+        self._read = self._bad = 0
+
+    @cached_property
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole run, from its beginning, whatever the cursor."""
+        if self._finite is not None:
+            return self._finite
+        return self._recipe.steps or self.steps_for_epochs(self._recipe, self._tokenizer, self._sources)
+
+    @staticmethod
+    def steps_for_epochs(recipe: Recipe, tokenizer: Tokenizer, sources: Mapping[str, Source] | None = None) -> int:
+        """Steps that recipe.epochs passes over the longest-lasting source make.
+
+        The plan is made once to count its packs, which takes about 10 seconds for a million samples.
+        """
+        planner = make_planner(replace(recipe, steps=0), tokenizer, sources or recipe.data.sources)
+        steps = 0
+        while not planner.finished:
+            planner.next_step()
+            steps += 1
+        return steps
+
+    def __iter__(self) -> Iterator[Step]:
+        """The steps that are left of `total_steps`."""
+        left = self.total_steps - math.ceil(self._planner.packs / self._recipe.data.global_batch)
+        pending: deque[_Pending] = deque()
+        while left > 0 or pending:
+            while left > 0 and len(pending) < (1 + STEPS_AHEAD if self._pool else 1):
+                pending.append(self._begin())
+                left -= 1
+            yield self._finish(pending.popleft())
+
+    def close(self) -> None:
+        """End the decoding processes."""
+        if self._pool:
+            self._pool.close()
+
+    def __enter__(self) -> "Loader":
+        """Closes by itself at the end of a `with`."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """See `close`."""
+        self.close()
+
+    def _begin(self) -> _Pending:
+        """Plan a step and have this rank's packs decoded."""
+        plan: Plan = self._planner.next_step()
+        lanes = self._recipe.data.num_lanes()
+        packs = [pack for number, pack in enumerate(plan.packs) if number % lanes % self._size == self._rank]
+        answers = [self._pool.submit(pack) for pack in packs] if self._pool else []
+        # A sample that cannot be planned has no lane; the ranks share the reporting.
+        skipped = plan.skipped[self._rank :: self._size]
+        return _Pending(packs, answers, skipped, self._planner.cursor(), self._planner.served)
+
+    def _finish(self, pending: _Pending) -> Step:
+        """Wait for a step's packs and make its micro-batches and sums."""
+        if self._pool:
+            read = [answer.result() for answer in pending.answers]
+        else:
+            read = [self._reader.read(pack) for pack in pending.packs]
+        size = self._recipe.data.micro_batch
+        groups = [[item.arrays for item in read[at : at + size]] for at in range(0, len(read), size)]
+        batches = [stack(group, self._shape, len(self._sources)) for group in groups]
+        names = tuple(self._sources)
+        ledger = [line for item in read for line in item.ledger]
+        bad = len(ledger)
+        for skipped in pending.skipped:
+            where = {"source": names[skipped.source], "shard": skipped.shard, "key": skipped.entry.key}
+            ledger.append({**where, "reason": skipped.entry.unusable or "no tokens"})
+        self._count(sum(map(len, pending.packs)) + len(pending.skipped), bad + len(pending.skipped), ledger)
+        return Step(
+            micro_batches=batches,
+            label_weight=float(sum(batch.weights.sum(dtype=batch.weights.dtype).item() for batch in batches)),
+            valid_tokens=self._valid_tokens(batches),
+            cursor=pending.cursor,
+            served=pending.served,
+            ledger=ledger,
+            pack_keys=[item.arrays.keys for item in read],
+        )
+
+    def _valid_tokens(self, batches: Sequence[Batch]) -> dict[str, float]:
+        """Tokens that each part's routers see, without blanks and padding."""
+        vision = self._recipe.model.vision
+        rows, columns = vision.grid()
+        images = sum(int(batch.image_valid.sum()) for batch in batches)
+        positions = sum(int((batch.kind != TokenKind.PADDING).sum()) for batch in batches)
+        return {
+            "vision": float(images * (rows * columns + vision.class_token)),
+            "connector": float(images * self._shape.image_tokens),
+            "decoder": float(positions),
+        }
+
+    def _count(self, read: int, bad: int, ledger: Sequence[Mapping[str, str]]) -> None:
+        """DataError when too large a share of the samples read so far was unusable."""
+        self._read += read
+        self._bad += bad
+        most = self._recipe.data.max_bad_fraction
+        if self._read >= MIN_SAMPLES and self._bad > most * self._read and ledger:
+            last = ledger[-1]
+            raise DataError(
+                f"data: {self._bad} of {self._read} samples read so far were unusable, more than "
+                f"data.max_bad_fraction={most}; the last one: shard {last['shard']}, sample {last['key']}: "
+                f"{last['reason']}; repair the shards, or raise data.max_bad_fraction"
+            )
+
+
+def make_planner(recipe: Recipe, tokenizer: Tokenizer, sources: Mapping[str, Source], finite: bool = False) -> Planner:
+    """The recipe's plan over `sources`, from its beginning.
+
+    `finite`: each sample at most once. Otherwise it ends after recipe.epochs passes over the longest-lasting source
+    (by tokens / weight), or never if the recipe has steps.
+    """
+    data = recipe.data
+    weights = {name: source.weight for name, source in sources.items()}
+    shards = {name: open_folder(source.shards, tokenizer) for name, source in sources.items() if source.weight > 0}
+    sizer = Sizer(canvas_of(recipe), recipe.model.connector.num_tokens)
+    samples = {name: sum(shard.header.samples for shard in of_source) for name, of_source in shards.items()}
+    if finite:
+        return Planner(shards, data, recipe.seed, sizer, weights, samples)
+    endless = Planner(shards, data, recipe.seed, sizer, weights)
+    if recipe.steps:
+        return endless
+    longest = endless.longest_lasting()
+    passes = {longest: max(1, round(recipe.epochs * samples[longest]))}
+    return Planner(shards, data, recipe.seed, sizer, weights, passes)
+
+
+def _check_layout(recipe: Recipe, data_size: int) -> None:
+    """ConfigError, with the sizes that fit, if the packs of a step cannot be dealt to `data_size` ranks."""
+    data = recipe.data
+    lanes, batch, micro = data.num_lanes(), data.global_batch, data.micro_batch
+    if batch % lanes:
+        fitting = [number for number in range(1, batch + 1) if batch % number == 0]
+        raise ConfigError(f"data.lanes={lanes} does not divide data.global_batch={batch}; lanes that fit: {fitting}")
+    fitting = [number for number in range(1, lanes + 1) if lanes % number == 0 and batch // number % micro == 0]
+    if data_size not in fitting:
+        raise ConfigError(
+            f"{data_size} data-parallel ranks cannot share data.lanes={lanes} of data.global_batch={batch} in "
+            f"micro-batches of {micro}; numbers of ranks that fit: {fitting}"
+        )

@@ -1,0 +1,73 @@
+"""Reading and decoding one planned pack: the same code in the training process and in decoding processes."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from mmtrain.config.errors import DataError
+from mmtrain.data.collate import PackArrays, Shape, Slot, collate_pack, lay_out
+from mmtrain.data.documents import BadSample, decode_document
+from mmtrain.data.shards import read_members
+from mmtrain.data.tokenizer import Tokenizer
+from mmtrain.data.window import Planned
+
+MAX_SAMPLE_BYTES = 1 << 30
+"""Samples of more bytes are refused before reading."""
+
+
+@dataclass(frozen=True)
+class ReaderSpec:
+    """All that a decoding process needs to know, as plain values."""
+
+    tokenizer: str
+    """Path of the tokenizer."""
+    chat_template: str
+    """Name of the chat template."""
+    shape: Shape
+    """Sizes of packs and images."""
+    sources: tuple[str, ...]
+    """Names of the sources, by number."""
+
+
+@dataclass(frozen=True)
+class ReadPack:
+    """A decoded pack."""
+
+    arrays: PackArrays
+    """What the model reads."""
+    ledger: list[dict[str, str]]
+    """Samples that could not be used: source, shard, key, reason."""
+
+
+class Reader:
+    """Reads and decodes packs."""
+
+    def __init__(self, spec: ReaderSpec, tokenizer: Tokenizer | None = None) -> None:
+        """`tokenizer` saves loading the one of `spec` again."""
+        self._spec = spec
+        self._tokenizer = tokenizer or Tokenizer(spec.tokenizer, spec.chat_template)
+
+    def read(self, pack: Sequence[Planned]) -> ReadPack:
+        """Decode a pack. Bad samples become padding and lines of the ledger; DataError if the index is wrong."""
+        slots, ledger = [], []
+        for planned in pack:
+            laid = None
+            try:
+                if planned.entry.size > MAX_SAMPLE_BYTES:
+                    raise BadSample(f"{planned.entry.size} bytes, more than the {MAX_SAMPLE_BYTES} that are read")
+                members = read_members(planned.shard, planned.entry)
+                document = decode_document(planned.entry, members, self._tokenizer, planned.shard)
+                laid = lay_out(document, planned.cut, self._spec.shape, self._tokenizer.image_id)
+            except BadSample as error:
+                source = self._spec.sources[planned.source]
+                ledger.append(
+                    {"source": source, "shard": planned.shard, "key": planned.entry.key, "reason": str(error)}
+                )
+            if laid is not None and len(laid.tokens) != planned.tokens:
+                raise DataError(
+                    f"shard {planned.shard}, sample {planned.entry.key}: {len(laid.tokens)} tokens with its images, "
+                    f"but its index planned {planned.tokens}; an image changed its size: index the folder again with "
+                    "`python -m tools.make_shards wds FOLDER --tokenizer F`"
+                )
+            slots.append(Slot(planned.entry.key, planned.source, planned.tokens, laid))
+        arrays = collate_pack(slots, self._spec.shape, self._tokenizer.image_id, self._tokenizer.pad_id)
+        return ReadPack(arrays, ledger)
