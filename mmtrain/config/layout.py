@@ -115,5 +115,6 @@ def multiples(value: int, of: int) -> str:
 
 
 def divisors(value: int) -> str:
-    """All numbers that divide a value, in words."""
-    return ", ".join(str(number) for number in range(1, value + 1) if value % number == 0)
+    """The numbers that divide a value, in words; the first 16 of them."""
+    found = [str(number) for number in range(1, value + 1) if value % number == 0]
+    return ", ".join(found[:16]) + (", ..." if len(found) > 16 else "")

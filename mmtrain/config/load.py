@@ -56,10 +56,9 @@ def load_with_origins(path: Path | str, overrides: Sequence[str] = ()) -> tuple[
         for key in sorted(OmegaConf.missing_keys(config)):
             if f" {key}: " not in told:
                 problems.append(f"{_shown(Path(path))}: {key}: no value; the recipe or {key}=... must give one")
-    recipe = _resolved(config, path, problems) if not problems else None
     if problems:
         raise ConfigError(problems[0]) if len(problems) == 1 else together(f"recipe {_shown(Path(path))}", problems)
-    return recipe, origins
+    return OmegaConf.to_object(config), origins
 
 
 def dump(recipe: Recipe) -> str:
@@ -188,6 +187,8 @@ def _leaves(
             problems.append(f"{origin}: {'.'.join(here)}: unknown key{hint(key, sections(bare(kind)))}")
         elif is_section(inner) and isinstance(value, Mapping) and value:
             yield from _leaves(value, inner, here, origin, problems)
+        elif "${" in str(value):
+            problems.append(f"{origin}: {'.'.join(here)}: {value!r} refers to another value; write the value itself")
         else:
             yield Leaf(here, value, inner)
 
@@ -208,17 +209,6 @@ def _wrong_value(origin: str, leaf: Leaf) -> str:
     choices = get_args(bare(leaf.kind)) if get_origin(bare(leaf.kind)) is Literal else ()
     alike = hint(leaf.value, choices) if choices and "known" not in hint(leaf.value, choices) else ""
     return f"{origin}: {'.'.join(leaf.path)}: {leaf.value!r} is not {wanted(leaf.kind)}{alike}"
-
-
-def _resolved(config: DictConfig, path: Path | str, problems: list[str]) -> Recipe | None:
-    """The frozen recipe; None and a problem when a ${...} in it leads nowhere."""
-    try:
-        OmegaConf.resolve(config)
-        return OmegaConf.to_object(config)
-    except (OmegaConfBaseException, ValueError) as e:
-        key = f"{e.full_key}: " if getattr(e, "full_key", None) else ""
-        problems.append(f"{_shown(Path(path))}: {key}{str(e).splitlines()[0]}")
-        return None
 
 
 def _origin(key: str, origins: Mapping[str, str]) -> str:
