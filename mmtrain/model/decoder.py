@@ -16,13 +16,14 @@ from mmtrain.model.stepio import PartRouterInput, RouterStats
 from mmtrain.mup.roles import Role, Scales, declare
 
 
-def token_embedding(rows: int, width: int) -> nn.Embedding:
+def token_embedding(decoder: DecoderConfig) -> nn.Embedding:
     """An empty nn.Embedding with its role; nn.Embedding itself would draw values from the global generator."""
+    rows, width = decoder.padded_vocab(), decoder.hidden_size
     device = torch.get_default_device()
     with torch.device("meta"):
         layer = nn.Embedding(rows, width)
     layer.to_empty(device=device)
-    declare(layer.weight, Role("input", None, width, std=EMBEDDING_STD))
+    declare(layer.weight, Role("input", None, width, std=EMBEDDING_STD, rows=decoder.vocab_size))
     return layer
 
 
@@ -33,7 +34,7 @@ class Decoder(nn.Module):
         super().__init__()
         d_model = decoder.hidden_size
         self.config = decoder
-        self.embedding = token_embedding(decoder.padded_vocab(), d_model)
+        self.embedding = token_embedding(decoder)
         self.blocks = nn.ModuleList(
             Block(
                 decoder_norm(decoder.norm, d_model, decoder.norm_eps),

@@ -91,7 +91,8 @@ class LanguageHead(nn.Module):
         """scale: factor on all logits (muP). tied: the embedding's weight, to share it."""
         super().__init__()
         if tied is None:
-            tied = parameter((padded_vocab, d_model), Role("head", d_model, vocab_size, std=EMBEDDING_STD))
+            role = Role("head", d_model, vocab_size, std=EMBEDDING_STD, rows=vocab_size)
+            tied = parameter((padded_vocab, d_model), role)
         self.weight = tied
         self.vocab_size = vocab_size
         self.scale = scale
