@@ -174,12 +174,11 @@ def _experts(records: Sequence[Record], name: str) -> Figure | None:
         image = axes.imshow(
             [[s * experts for s in row] for row in layers.values()], cmap="RdBu_r", vmin=0, vmax=2, aspect="auto"
         )
-        axes.set_title(part, fontsize=10, color=_INK)
-        axes.set_xlabel("expert")
+        axes.set_title(f"{part}: experts", fontsize=10, color=_INK)
         axes.set_yticks(range(len(layers)), list(layers))
         axes.set_ylim(rows - 0.5, -0.5)  # cells of one height in all panels
         axes.set_xticks(range(0, experts, max(1, experts // 16)))
-        axes.tick_params(colors="#444444", labelsize=8, length=0)
+        axes.tick_params(colors="#444444", labelsize=8, length=0, labeltop=True, labelbottom=False)
         axes.spines[:].set_visible(False)
         if experts * len(layers) <= 256:
             _write_shares(axes, layers, experts)

@@ -67,7 +67,8 @@ def remove_surplus(run_dir: Path, current: int, keep_last: int, keep_every: int,
 def remove(folder: Path) -> None:
     """Delete a checkpoint. A kill in the middle leaves a .tmp folder, which nobody reads, and not half a checkpoint."""
     doomed = folder.with_name(folder.name + ".removed.tmp")
-    shutil.rmtree(doomed, ignore_errors=True)
+    if doomed.exists():
+        shutil.rmtree(doomed)
     folder.rename(doomed)
     sync_folder(folder.parent)
     shutil.rmtree(doomed)

@@ -93,7 +93,7 @@ class Saver:
             last = max(retain.committed(self.run_dir), default=None)
             good = f"The last good checkpoint is step {last}" if last is not None else "There is no checkpoint"
             raise CheckpointError(
-                f"{failures[0]}. {good} in {self.run_dir}. Make room there, then run the same command."
+                f"{failures[0]}. {good} in {self.run_dir}. Mend that, then run the same command."
             )
 
     def _settle(self) -> list[str]:
@@ -152,9 +152,9 @@ class Saver:
             if self.comm.rank == 0:
                 self._commit(job)
         except Exception as error:
-            self._give_up(job, error)
             if not isinstance(error, OSError | CheckpointError):
                 self._bug = error
+            self._give_up(job, error)
 
     def _commit(self, job: _Job) -> None:
         """Rank 0: from the votes of all ranks to one rename."""

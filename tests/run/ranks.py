@@ -1,4 +1,4 @@
-"""Several ranks in one process, a thread each, with the Comm that run/ asks for; and pieces of tensors cut in any way."""
+"""Several ranks in one process, a thread each, with the Comm that run/ asks for; and pieces cut in any way."""
 
 import threading
 from collections.abc import Callable

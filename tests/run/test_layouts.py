@@ -1,5 +1,6 @@
 """Reading any part of a tensor from any layout."""
 
+import itertools
 import math
 
 import pytest
@@ -34,9 +35,7 @@ def grid(data, shape):
     boxes = [Box((), ())]
     for length in shape:
         edges = cuts(data, length)
-        boxes = [
-            Box((*box.start, a), (*box.stop, b)) for box in boxes for a, b in zip(edges[:-1], edges[1:], strict=True)
-        ]
+        boxes = [Box((*box.start, a), (*box.stop, b)) for box in boxes for a, b in itertools.pairwise(edges)]
     return boxes
 
 
@@ -62,7 +61,7 @@ def test_any_box_and_range_from_any_layout(tmp_path_factory, data, shape):
     pieces = []
     for box in grid(data, shape):
         edges = cuts(data, box.numel)
-        pieces += [part("w", tensor, box, (a, b)) for a, b in zip(edges[:-1], edges[1:], strict=True)]
+        pieces += [part("w", tensor, box, (a, b)) for a, b in itertools.pairwise(edges)]
     saver = Saver(folder, SingleProcess())
     saver.save(1, data.draw(st.permutations(pieces)), STATE)
     saver.wait()
