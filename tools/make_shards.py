@@ -130,7 +130,7 @@ def _bad_input(problems: Sequence[Problem], name: str) -> DataError:
     return error
 
 
-def summary(indexes: Sequence[Index], title: str) -> Table:
+def summary(indexes: Sequence[Index]) -> Table:
     """What the shards hold, as a table."""
     headers = [index.header for index in indexes]
     usable = [entry for index in indexes for entry in index.entries if not entry.unusable]
@@ -147,7 +147,7 @@ def summary(indexes: Sequence[Index], title: str) -> Table:
         "learnt tokens": sum(header.supervised for header in headers),
         "longest text": longest,
     }
-    table = Table(title=title, title_justify="left", show_header=False)
+    table = Table(show_header=False)
     table.add_column(justify="left")
     table.add_column(justify="right")
     for label, value in rows.items():
@@ -191,8 +191,12 @@ def _run(args: argparse.Namespace, console: Console) -> None:
             args.format, args.input, images, args.out, tokenizer, args.samples_per_shard, args.skip_bad, args.renumber
         )
         what = "left out, listed in skipped.jsonl"
-    console.print(summary(indexes, str(args.out or args.input)))
-    console.print(f"tokenizer {tokenizer.hash[:16]}, {tokenizer.vocab_size} entries, template {args.chat_template}")
+    console.print(str(args.out or args.input), soft_wrap=True)
+    console.print(summary(indexes))
+    console.print(
+        f"tokenizer {tokenizer.hash[:16]}, {tokenizer.vocab_size} entries, template {args.chat_template}",
+        soft_wrap=True,
+    )
     for problem in problems[:SHOWN]:
         console.print(f"{what}: {problem.where}: {problem.why}", style="yellow", soft_wrap=True, markup=False)
     if problems[SHOWN:]:

@@ -37,7 +37,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         Console(stderr=True).print(f"error: {error}", style="red", soft_wrap=True, markup=False, highlight=False)
         return 2
-    Console().print(f"{args.out}: {tokenizer.vocab_size} entries (model.decoder.vocab_size={tokenizer.vocab_size})")
+    short = "" if tokenizer.vocab_size == args.vocab_size else f", fewer than {args.vocab_size}: no more pairs to merge"
+    entries = f"{args.out}: {tokenizer.vocab_size} entries{short}"
+    Console().print(f"{entries} (model.decoder.vocab_size={tokenizer.vocab_size})", soft_wrap=True)
     return 0
 
 

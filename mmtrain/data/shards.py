@@ -103,7 +103,7 @@ def scan(path: Path) -> Scan:
 def read_members(path: str | Path, entry: IndexEntry | RawSample) -> dict[str, bytes]:
     """Files of one sample, suffix -> content, by a single read of its byte range.
 
-    BadSample if the tar is shorter than its index says; DataError if it is gone.
+    BadSample if the tar is shorter than its index says; DataError if it is gone, or another sample lies there.
     """
     try:
         with Path(path).open("rb") as file:
@@ -113,6 +113,12 @@ def read_members(path: str | Path, entry: IndexEntry | RawSample) -> dict[str, b
         raise DataError(f"shard {path}: no such file, though its index lists it; restore it or index again") from None
     if len(run) < entry.size:
         raise BadSample(f"the shard ends early: {len(run)} of {entry.size} bytes")
+    name = f"{entry.key.rpartition('/')[2]}.".encode()
+    if name not in run[: entry.members[0].offset - entry.offset]:  # the first member's header
+        raise DataError(
+            f"shard {path}, sample {entry.key}: not at byte {entry.offset} any more, the shard changed since it was "
+            f"indexed; run `python -m tools.make_shards wds {Path(path).parent} --tokenizer F`"
+        )
     starts = [(member.suffix, member.offset - entry.offset, member.size) for member in entry.members]
     return {suffix: run[start : start + length] for suffix, start, length in starts}
 
