@@ -16,9 +16,12 @@ if not torch.cuda.is_available():
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     import deepspeed
+    from deepspeed.moe.layer import MoE
     from megatron.core import parallel_state, tensor_parallel
     from megatron.core.model_parallel_config import ModelParallelConfig
 
 logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+# DeepSpeed calls collectives by names that newer PyTorch has renamed; it says so at every call.
+warnings.filterwarnings("ignore", "`torch.distributed.*` is deprecated", FutureWarning)
 
-__all__ = ["ModelParallelConfig", "deepspeed", "parallel_state", "tensor_parallel"]
+__all__ = ["ModelParallelConfig", "MoE", "deepspeed", "parallel_state", "tensor_parallel"]

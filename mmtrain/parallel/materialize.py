@@ -1,0 +1,54 @@
+"""Gives a cut model on the meta device its values, one tensor at a time."""
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from mmtrain.parallel.box import Box
+from mmtrain.parallel.tensor import Layout, parameters
+
+Make = Callable[[str, Box], torch.Tensor]
+"""(global name, box of the global tensor without padding) -> its values, fp32."""
+
+Keep = Callable[[str, nn.Parameter], None]
+"""Takes a parameter that has just got its values, e.g. keeps only ZeRO-3's share of it."""
+
+
+def fill(model: nn.Module, layout: Layout, make: Make, device: torch.device, keep: Keep | None = None) -> None:
+    """Fill every parameter: `make` its box, pad the vocabulary with zeros, put it on `device`, hand it to `keep`.
+
+    At any time this process holds what it keeps and one tensor more.
+    ValueError where a value does not have its box's shape, or where a buffer is left without values.
+    """
+    for name, parameter in parameters(model):
+        placement = layout[name]
+        value = make(name, placement.real)
+        if tuple(value.shape) != placement.real.shape:
+            raise ValueError(f"{name}: the box is {placement.real.shape}, the values made for it {tuple(value.shape)}")
+        value = _padded(value.to(device=device, dtype=torch.float32), placement.box)
+        filled = nn.Parameter(value, requires_grad=parameter.requires_grad)
+        filled.__dict__.update(parameter.__dict__)
+        _put(model, parameter, filled)
+        if keep is not None:
+            keep(name, filled)
+    left = [name for name, buffer in model.named_buffers() if buffer.is_meta]
+    if left:
+        raise ValueError(f"buffers {left} have no values: a model keeps all its state in parameters")
+
+
+def _padded(value: torch.Tensor, box: Box) -> torch.Tensor:
+    """`value` with rows of zeros up to the box's shape, in memory of its own."""
+    if tuple(value.shape) == box.shape:
+        return value.clone(memory_format=torch.contiguous_format)
+    out = value.new_zeros(box.shape)
+    out[: value.shape[0]] = value
+    return out
+
+
+def _put(model: nn.Module, old: nn.Parameter, new: nn.Parameter) -> None:
+    """Replace a parameter wherever it stands; a tied one stands twice."""
+    for module in model.modules():
+        for child, parameter in module._parameters.items():
+            if parameter is old:
+                module._parameters[child] = new

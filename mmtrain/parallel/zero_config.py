@@ -1,0 +1,85 @@
+"""DeepSpeed's configuration for a recipe: a pure function, and the pairs that DeepSpeed gets wrong, refused.
+
+| precision | stage | optimizer class that DeepSpeed picks | gradient sums |
+|---|---|---|---|
+| fp32 | 0 | the torch optimizer itself | fp32, whole on every rank |
+| fp32, bf16 | 1 | DeepSpeedZeroOptimizer (bf16: with gradients sharded, as in stage 2) | fp32 |
+| fp32, bf16 | 2 | DeepSpeedZeroOptimizer | fp32, sharded |
+| fp32, bf16 | 3 | DeepSpeedZeroOptimizer_Stage3 | fp32, sharded |
+"""
+
+from typing import Any
+
+from mmtrain.config.errors import ConfigError
+from mmtrain.config.schema import Parallel
+from mmtrain.parallel.mesh import Mesh
+
+
+def check(parallel: Parallel) -> None:
+    """ConfigError for layouts that would train with wrong numbers or not at all; lists all of them."""
+    problems = []
+    if parallel.zero_stage == 0 and parallel.expert > 1:
+        problems.append(
+            f"parallel.zero_stage = 0 with parallel.expert = {parallel.expert}: DeepSpeed keeps no account of experts "
+            "there; use zero_stage 1 or 2"
+        )
+    if parallel.zero_stage == 3 and parallel.expert > 1:
+        problems.append(
+            f"parallel.zero_stage = 3 with parallel.expert = {parallel.expert}: DeepSpeed refuses its own expert layers "
+            "there; use zero_stage 2, or expert 1 (stage 3 shards the experts anyway)"
+        )
+    if parallel.zero_stage == 0 and parallel.precision == "bf16":
+        problems.append(
+            "parallel.zero_stage = 0 with parallel.precision = bf16: DeepSpeed cannot sum bf16 gradients in fp32 there; "
+            "use zero_stage 1, which on one process costs nothing"
+        )
+    if parallel.zero_stage == 0 and parallel.offload_optimizer:
+        problems.append("parallel.zero_stage = 0 with parallel.offload_optimizer: offload needs zero_stage 1, 2 or 3")
+    if problems:
+        raise ConfigError("\n".join(problems))
+
+
+def zero_config(parallel: Parallel, mesh: Mesh) -> dict[str, Any]:
+    """The dictionary for deepspeed.initialize.
+
+    Accumulation, divisors, norms, clipping and the schedule are ours (mmtrain.parallel.engine), so each is off here
+    and happens in exactly one place.
+    """
+    check(parallel)
+    bf16 = parallel.precision == "bf16"
+    stage = 2 if bf16 and parallel.zero_stage == 1 else parallel.zero_stage
+    zero: dict[str, Any] = {
+        "stage": stage,
+        "contiguous_gradients": True,
+        "reduce_scatter": True,
+        "overlap_comm": False,
+        "round_robin_gradients": False,
+        "reduce_bucket_size": BUCKET,
+        "allgather_bucket_size": BUCKET,
+        "memory_efficient_linear": False,
+    }
+    if stage == 3:
+        zero |= {"stage3_prefetch_bucket_size": BUCKET // 10, "stage3_param_persistence_threshold": 100_000}
+    elif stage and not parallel.offload_optimizer:
+        zero["compute_grad_norm"] = False
+    if parallel.offload_optimizer:
+        zero["offload_optimizer"] = {"device": "cpu"}
+    config: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "train_batch_size": mesh.data,
+        "gradient_clipping": 0.0,
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "communication_data_type": "fp32",
+        "wall_clock_breakdown": False,
+    }
+    if bf16:
+        config["bf16"] = {"enabled": True}
+        config["data_types"] = {"grad_accum_dtype": "fp32"}
+    return config
+
+
+BUCKET = 50_000_000
+"""Elements that one gradient message holds at most."""
