@@ -159,5 +159,9 @@ class Attention(nn.Module):
         q, k = q.transpose(1, 2), k.transpose(1, 2)
         if view.cache is not None:
             k, v = view.cache.extend(layer, k, v)
-        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=view.mask, scale=self.scale, enable_gqa=self.grouped)
+        if self.grouped and q.is_cuda:  # its masked kernels want as many key heads as query heads
+            k, v = (heads.repeat_interleave(q.shape[1] // k.shape[1], 1) for heads in (k, v))
+        mixed = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=view.mask, scale=self.scale, enable_gqa=q.shape[1] != k.shape[1]
+        )
         return self.out(mixed.transpose(1, 2).flatten(2))

@@ -30,12 +30,13 @@ class _CrossEntropy(torch.autograd.Function):
         labels: torch.Tensor,
         weights: torch.Tensor,
         vocab_size: int,
+        learning: bool,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         real = weight[:vocab_size]
         ce = torch.empty(hidden.shape[0], dtype=torch.float32, device=hidden.device)
-        grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        grad_hidden = torch.empty_like(hidden) if learning and ctx.needs_input_grad[0] else None
         grad_weight = None
-        if ctx.needs_input_grad[1]:
+        if learning and ctx.needs_input_grad[1]:
             grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
         rows = max(1, CHUNK_LOGITS // vocab_size)
         for start in range(0, hidden.shape[0], rows):
@@ -66,7 +67,7 @@ class _CrossEntropy(torch.autograd.Function):
             grad_hidden = grad_hidden * grad.to(grad_hidden.dtype)
         if grad_weight is not None:
             grad_weight = (grad_weight * grad).to(ctx.weight_dtype)
-        return grad_hidden, grad_weight, None, None, None
+        return grad_hidden, grad_weight, None, None, None, None
 
 
 def _add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
@@ -113,10 +114,12 @@ class LanguageHead(nn.Module):
         if labels is None:
             return self.logits(hidden)
         rows = weights.nonzero().squeeze(1)
-        hidden, labels, weights, source_ids = hidden[rows], labels[rows], weights[rows], source_ids[rows]
+        hidden = hidden.index_select(0, rows)
+        labels, weights, source_ids = labels[rows], weights[rows], source_ids[rows]
         if self.scale != 1.0:
             hidden = hidden * self.scale
-        language_sum, ce = _CrossEntropy.apply(hidden, self.weight, labels, weights, self.vocab_size)
+        learning = torch.is_grad_enabled()  # inside a Function it is always off
+        language_sum, ce = _CrossEntropy.apply(hidden, self.weight, labels, weights, self.vocab_size, learning)
         of_source = (torch.arange(num_sources, device=rows.device).unsqueeze(1) == source_ids).float()
         return language_sum, of_source @ (weights * ce), of_source @ weights
 

@@ -64,7 +64,7 @@ class Losses(NamedTuple):
     """Sums and means of one micro-batch. Added over the micro-batches of all ranks, they are those of the step."""
 
     total: torch.Tensor
-    """[] language_sum / W + router losses times their coefficients; the only entry with a gradient that counts."""
+    """[] language_sum / W + router losses times their coefficients; the others are detached, so they may be kept."""
     language_sum: torch.Tensor
     """[] sum of weight * cross-entropy, not divided."""
     weight_sum: torch.Tensor

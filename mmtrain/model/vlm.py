@@ -80,12 +80,12 @@ class VisionLanguageModel(nn.Module):
                 total = total + balance_coef * reports[part].balance + moe.z_coef * reports[part].z
         return Losses(
             total=total,
-            language_sum=language_sum,
+            language_sum=language_sum.detach(),
             weight_sum=by_source_weight.sum(),
             by_source_sum=by_source_sum,
             by_source_weight=by_source_weight,
-            balance={part: report.balance for part, report in reports.items()},
-            z={part: report.z for part, report in reports.items()},
+            balance={part: report.balance.detach() for part, report in reports.items()},
+            z={part: report.z.detach() for part, report in reports.items()},
             counts={part: report.counts for part, report in reports.items()},
         )
 

@@ -129,6 +129,26 @@ def test_no_tensor_ever_holds_all_logits(monkeypatch: pytest.MonkeyPatch) -> Non
     assert watch.entries < rows * VOCAB
 
 
+class Products(torch.utils._python_dispatch.TorchDispatchMode):
+    """Counts matrix products."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm_)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("learning", "products"), [(True, 3), (False, 1)])
+def test_measuring_without_gradients_makes_none(learning: bool, products: int) -> None:
+    module, inputs = head(), case()
+    with Products() as watch, torch.set_grad_enabled(learning):
+        module(*inputs, SOURCES)
+    assert watch.count == products
+
+
 def test_bf16_keeps_the_gradient_of_the_weight_summed_in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
     hidden, labels, weights, source_ids = case()
     results = []

@@ -62,6 +62,28 @@ def test_losses_add_up(model: Model) -> None:
         assert (counts.sum(1) == 2 * inputs.routers[part].valid_total).all()
 
 
+def test_only_the_total_carries_a_graph() -> None:
+    net, batch = built(SPARSE_MODEL), micro(SPARSE_MODEL, PACKS, LENGTH)
+    total, *others = net(batch, step_inputs(SPARSE_MODEL, batch))
+    assert total.requires_grad
+    for value in others:
+        assert not any(tensor.requires_grad for tensor in (value.values() if isinstance(value, dict) else [value]))
+
+
+def test_bf16_weights_give_nearly_the_same_loss_and_finite_gradients() -> None:
+    batch = micro(DENSE, PACKS, LENGTH)
+    inputs = step_inputs(DENSE, batch)
+    want = built(DENSE)(batch, inputs).total.item()
+    for model in (DENSE, SPARSE_MODEL):
+        net = built(model).bfloat16()
+        losses = net(batch, step_inputs(model, batch))
+        losses.total.backward()
+        assert losses.total.dtype == torch.float32
+        assert all(torch.isfinite(gradient).all() for gradient in gradients(net).values())
+        if model is DENSE:
+            assert losses.total.item() == pytest.approx(want, rel=1e-2)
+
+
 def test_the_loss_is_cross_entropy_of_the_logits() -> None:
     net, batch = built(SPARSE_MODEL), micro(SPARSE_MODEL, PACKS, LENGTH)
     inputs = step_inputs(SPARSE_MODEL, batch)
