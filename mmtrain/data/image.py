@@ -10,14 +10,21 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 import simplejpeg
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, JpegImagePlugin, PngImagePlugin, WebPImagePlugin
 
 from mmtrain.data.documents import BadSample
 
 PAD_COLOUR = (122, 116, 104)
 """Colour around a padded image: CLIP's mean, which normalisation turns into (nearly) zero."""
 
-FORMATS = ("JPEG", "MPO", "PNG", "WEBP")
+FORMATS = tuple(
+    plugin.format
+    for plugin in (
+        JpegImagePlugin.JpegImageFile,
+        PngImagePlugin.PngImageFile,
+        WebPImagePlugin.WebPImageFile,
+    )
+)
 """What shards may hold. Pillow's other plugins are never asked: each is a parser of hostile bytes."""
 
 GRID = 2
@@ -45,16 +52,27 @@ class Canvas(NamedTuple):
         return 1 + self.sub_images if width > self.width or height > self.height else 1
 
 
+class _Picture(NamedTuple):
+    """A decoded file, upright."""
+
+    image: Image.Image
+    """RGB, at least as large as needed but not always full size."""
+    aspect: float
+    """Width / height at full size; scaled decoding rounds it."""
+    panels: int
+    """Canvases that it becomes."""
+
+
 def decode_image(data: bytes, canvas: Canvas) -> np.ndarray:
     """Pixels of an image file: uint8 [panels, 3, H, W], the overview first, then crops row by row.
 
     BadSample, with the reason, if the file is no readable image or has more pixels than the canvas allows.
     """
-    image, panels = _decode_jpeg(data, canvas) if data[:3] == b"\xff\xd8\xff" else _decode_other(data, canvas)
-    out = np.empty((panels, 3, canvas.height, canvas.width), np.uint8)
-    out[0] = _on_canvas(image, canvas.height, canvas.width, canvas.resize).transpose(2, 0, 1)
-    if panels > 1:
-        whole = _on_canvas(image, GRID * canvas.height, GRID * canvas.width, canvas.resize)
+    picture = _decode_jpeg(data, canvas) if data[:3] == b"\xff\xd8\xff" else _decode_other(data, canvas)
+    out = np.empty((picture.panels, 3, canvas.height, canvas.width), np.uint8)
+    out[0] = _on_canvas(picture, canvas.height, canvas.width, canvas.resize).transpose(2, 0, 1)
+    if picture.panels > 1:
+        whole = _on_canvas(picture, GRID * canvas.height, GRID * canvas.width, canvas.resize)
         crops = whole.reshape(GRID, canvas.height, GRID, canvas.width, 3).transpose(0, 2, 4, 1, 3)
         out[1:] = crops.reshape(GRID * GRID, 3, canvas.height, canvas.width)
     return out
@@ -68,8 +86,8 @@ def _check_size(width: int, height: int, canvas: Canvas) -> None:
         raise BadSample(f"{width} x {height} pixels")
 
 
-def _decode_jpeg(data: bytes, canvas: Canvas) -> tuple[Image.Image, int]:
-    """The picture, upright RGB, at least as large as needed but not always full size; and its panels."""
+def _decode_jpeg(data: bytes, canvas: Canvas) -> _Picture:
+    """A JPEG, through libjpeg-turbo where it can."""
     try:
         height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
     except ValueError:
@@ -84,7 +102,7 @@ def _decode_jpeg(data: bytes, canvas: Canvas) -> tuple[Image.Image, int]:
         pixels = simplejpeg.decode_jpeg(data, min_height=need_height, min_width=need_width)
     except ValueError:  # the strict decoder refuses files that Pillow still reads
         return _decode_other(data, canvas)
-    return _upright(Image.fromarray(pixels), orientation), panels
+    return _upright(Image.fromarray(pixels), orientation, width / height, panels)
 
 
 def _needed(width: int, height: int, canvas: Canvas, panels: int, orientation: int) -> tuple[int, int]:
@@ -99,15 +117,15 @@ def _needed(width: int, height: int, canvas: Canvas, panels: int, orientation: i
     return min(across, width), min(down, height)
 
 
-def _decode_other(data: bytes, canvas: Canvas) -> tuple[Image.Image, int]:
-    """The picture, upright RGB, through Pillow; and its panels."""
+def _decode_other(data: bytes, canvas: Canvas) -> _Picture:
+    """Any file, through Pillow."""
     limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None  # the recipe's own limit is checked here
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             width, height = image.size
             _check_size(width, height, canvas)
             orientation = image.getexif().get(0x0112, 1)
-            return _upright(_to_rgb(image), orientation), canvas.panels(width, height)
+            return _upright(_to_rgb(image), orientation, width / height, canvas.panels(width, height))
     except BadSample:
         raise
     # Everything that Pillow's parsers are known to raise on damaged files.
@@ -143,8 +161,8 @@ def _exif_orientation(data: bytes) -> int:
         return 1
 
 
-def _upright(image: Image.Image, orientation: int) -> Image.Image:
-    """The picture turned as its EXIF orientation asks."""
+def _upright(image: Image.Image, orientation: int, aspect: float, panels: int) -> _Picture:
+    """An image of this aspect as stored, turned as its EXIF orientation asks."""
     turns = {
         2: Image.Transpose.FLIP_LEFT_RIGHT,
         3: Image.Transpose.ROTATE_180,
@@ -154,20 +172,22 @@ def _upright(image: Image.Image, orientation: int) -> Image.Image:
         7: Image.Transpose.TRANSVERSE,
         8: Image.Transpose.ROTATE_90,
     }
-    return image.transpose(turns[orientation]) if orientation in turns else image
+    if orientation in turns:
+        image = image.transpose(turns[orientation])
+    return _Picture(image, 1 / aspect if orientation in _SWAPS_SIDES else aspect, panels)
 
 
-def _on_canvas(image: Image.Image, height: int, width: int, resize: str) -> np.ndarray:
+def _on_canvas(picture: _Picture, height: int, width: int, resize: str) -> np.ndarray:
     """The picture on a canvas of height x width: uint8 [height, width, 3]."""
+    image, bicubic = picture.image, Image.Resampling.BICUBIC
     if image.size == (width, height):
         return np.asarray(image)
-    bicubic = Image.Resampling.BICUBIC
     if resize == "squash":
         return np.asarray(image.resize((width, height), bicubic))
     if resize == "shortest_crop":
         return np.asarray(ImageOps.fit(image, (width, height), bicubic))
-    scale = min(width / image.width, height / image.height)
-    inside = (max(1, min(width, round(image.width * scale))), max(1, min(height, round(image.height * scale))))
+    across = min(width, round(height * picture.aspect))
+    inside = (max(1, across), max(1, min(height, round(across / picture.aspect))))
     canvas = Image.new("RGB", (width, height), PAD_COLOUR)
     canvas.paste(image.resize(inside, bicubic), ((width - inside[0]) // 2, (height - inside[1]) // 2))
     return np.asarray(canvas)

@@ -104,6 +104,10 @@ class Loader:
                 left -= 1
             yield self._finish(pending.popleft())
 
+    def worker_pids(self) -> list[int]:
+        """Process ids of the decoding processes."""
+        return self._pool.processes() if self._pool else []
+
     def close(self) -> None:
         """End the decoding processes."""
         if self._pool:

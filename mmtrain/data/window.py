@@ -100,7 +100,7 @@ class Stream:
 
     def _draw(self, packs: int, skipped: list[Skipped]) -> Waiting | None:
         """The next document or stretch of one; None at the limit."""
-        for _ in range(self.order.samples):
+        for _ in range(2 * self.order.samples):  # unusable ones may end one epoch and begin the next
             if self.limit is not None and self._ordinal >= self.limit:
                 return None
             ordinal = self._ordinal
