@@ -95,22 +95,33 @@ def finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-class MetricsLog:
-    """Appends to OUT/metrics.jsonl; rank 0's. Lines of steps after `done` are dropped: they will be written again."""
+class StepLines:
+    """Appends JSON lines that each say their `step`; rank 0's. Lines after `done` are dropped: they come again."""
 
-    def __init__(self, run_dir: Path, done: int = 0):
-        self.path = run_dir / NAME
-        _keep_until(self.path, done)
-        self._file = self.path.open("a", encoding="utf-8")
+    def __init__(self, path: Path, done: int = 0):
+        self.path = path
+        _keep_until(path, done)
+        self._file = path.open("a", encoding="utf-8")
 
-    def write(self, record: StepRecord) -> None:
+    def write(self, line: Mapping[str, Any]) -> None:
         """Add a line; it survives a kill of this process."""
-        self._file.write(json.dumps(record.as_json(), allow_nan=False) + "\n")
+        self._file.write(json.dumps(line, allow_nan=False) + "\n")
         self._file.flush()
 
     def close(self) -> None:
         """Close the file."""
         self._file.close()
+
+
+class MetricsLog(StepLines):
+    """OUT/metrics.jsonl."""
+
+    def __init__(self, run_dir: Path, done: int = 0):
+        super().__init__(run_dir / NAME, done)
+
+    def write(self, record: StepRecord) -> None:
+        """Add a logged step."""
+        super().write(record.as_json())
 
 
 def _keep_until(path: Path, done: int) -> None:

@@ -92,9 +92,7 @@ class Saver:
         if failures := self._settle():
             last = max(retain.committed(self.run_dir), default=None)
             good = f"The last good checkpoint is step {last}" if last is not None else "There is no checkpoint"
-            raise CheckpointError(
-                f"{failures[0]}. {good} in {self.run_dir}. Mend that, then run the same command."
-            )
+            raise CheckpointError(f"{failures[0]}. {good} in {self.run_dir}. Mend that, then run the same command.")
 
     def _settle(self) -> list[str]:
         """Wait for all ranks' threads; what kept them from saving. An error that is no disk's is raised."""

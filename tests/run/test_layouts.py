@@ -10,11 +10,21 @@ from hypothesis import strategies as st
 
 from mmtrain.config.errors import CheckpointError
 from mmtrain.parallel.box import Box
+from mmtrain.run import shards
 from mmtrain.run.comm import SingleProcess
 from mmtrain.run.entries import Entry, check_cover, runs
 from mmtrain.run.reader import open_checkpoint
 from mmtrain.run.saver import Saver
 from tests.run.ranks import STATE, part, tiny_tensors, whole
+
+
+@pytest.fixture(autouse=True, scope="module")
+def no_waiting_for_the_disk():
+    """Hundreds of checkpoints, none of which has to survive a power cut."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shards.os, "fsync", lambda _: None)
+        yield
+
 
 SHAPES = st.lists(st.integers(1, 5), min_size=0, max_size=4).map(tuple)
 
