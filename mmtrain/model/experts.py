@@ -252,6 +252,7 @@ class Experts(nn.Module):
             out = _ExpertsOnCpu.apply(self.activation, rows, counts, *weights)
         else:
             out = grouped_experts(self.activation, rows, counts, weights)
-        if whole or self.down_bias is None:
+        if whole:
             return out
-        return self.reduce(out) + _rows_of(self.down_bias, counts, rows.shape[0])
+        out = self.reduce(out)
+        return out if self.down_bias is None else out + _rows_of(self.down_bias, counts, rows.shape[0])
