@@ -174,6 +174,15 @@ def test_broken_index_files(tmp_path: Path, line: int, text: str | None, message
         read_index(open_folder(tmp_path, tokenizer())[0])
 
 
+def test_an_index_of_another_tar_is_refused(tmp_path: Path) -> None:
+    path = index_path(next(indexed(tmp_path).glob("*.tar")))
+    lines = path.read_text("utf-8").splitlines()
+    lines[1], lines[2] = lines[2], lines[1]
+    path.write_text("\n".join(lines) + "\n", "utf-8")
+    with pytest.raises(DataError, match="3 entries that are not the 3 of its header; run `python"):
+        read_index(open_folder(tmp_path, tokenizer())[0])
+
+
 def test_an_index_of_another_format_is_refused(tmp_path: Path) -> None:
     tar = next(indexed(tmp_path).glob("*.tar"))
     built, _ = build_index(tar, tokenizer())

@@ -49,6 +49,8 @@ def test_same_samples_same_bytes(tmp_path: Path) -> None:
     first = [tar.read_bytes() for tar in write_tar(tmp_path / "a", SAMPLES, per_shard=2)]
     assert first == [tar.read_bytes() for tar in write_tar(tmp_path / "b", SAMPLES, per_shard=2)]
     assert len(first) == 2
+    with tarfile.open(tmp_path / "a" / "shard-000000.tar") as tar:
+        assert {(info.mtime, info.uid, info.gid, info.uname, info.gname) for info in tar} == {(0, 0, 0, "", "")}
 
 
 @pytest.mark.parametrize(
