@@ -182,7 +182,10 @@ class Batch:
     image_valid: torch.Tensor
     """[N] bool; False for a blank image that only keeps the towers running."""
     image_slots: torch.Tensor
-    """[N, M] int64 flat positions in B * T that the image's M features go to; -1 for an invalid image."""
+    """[N, M] int64 flat positions in B * T that the image's M features go to; -1 for an invalid image.
+
+    [N, K * M] where an image may stand in up to K places (prompts that share it); -1 where it stands in fewer.
+    """
     keys: list[list[str]]
     """Sample keys of each pack, in document order."""
     num_sources: int

@@ -93,6 +93,7 @@ class VisionLanguageModel(nn.Module):
 def splice(embeddings: torch.Tensor, scale: float, image_tokens: torch.Tensor, batch: BatchLike) -> torch.Tensor:
     """Put image tokens [N, M, d] where the batch's placeholders are; the others are embeddings [B, T, d] * scale.
 
+    An image that stands in several places has the slots of one place after those of another: [N, places * M].
     Tokens of invalid images are multiplied by 0 and stay in the graph, so that both towers get zero gradients rather
     than none. Raises DataError where placeholders and images do not match.
     """
@@ -100,14 +101,16 @@ def splice(embeddings: torch.Tensor, scale: float, image_tokens: torch.Tensor, b
     _check_slots(is_image, image_tokens.shape[1], batch)
     keep = torch.where(is_image, 0.0, scale).to(embeddings.dtype)
     mixed = embeddings * keep.unsqueeze(-1)
-    image_tokens = image_tokens * batch.image_valid.to(image_tokens.dtype).view(-1, 1, 1)
+    image_tokens = image_tokens.repeat(1, batch.image_slots.shape[1] // image_tokens.shape[1], 1)
+    placed = (batch.image_slots >= 0) & batch.image_valid.unsqueeze(1)
+    image_tokens = image_tokens * placed.to(image_tokens.dtype).unsqueeze(-1)
     slots = batch.image_slots.clamp(min=0).flatten()
     return mixed.view(-1, mixed.shape[-1]).index_add(0, slots, image_tokens.flatten(0, 1)).view_as(mixed)
 
 
 def _check_slots(is_image: torch.Tensor, tokens_per_image: int, batch: BatchLike) -> None:
     """Every placeholder is the slot of exactly one token of a valid image, or DataError names the first sample."""
-    if batch.image_slots.shape[1] != tokens_per_image:
+    if batch.image_slots.shape[1] % tokens_per_image:
         raise DataError(
             f"the batch has {batch.image_slots.shape[1]} slots for each image, but the connector makes "
             f"{tokens_per_image} tokens of an image: data and model were built from different recipes"
