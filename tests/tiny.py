@@ -55,7 +55,7 @@ def recipe(optimizer: str = "adamw", parallel: Parallel = Parallel(), experts: i
         model=model,
         data=Data(sequence_length=SEQUENCE, global_batch=GLOBAL_BATCH, tokenizer="unused"),
         optim=adam if optimizer == "adamw" else replace(adam, name="sgd", lr=0.05),
-        mup=Mup(base=BASE, init=1.5, embedding=2.0, attention=1.25, output=1.5, router=3.0, lr={"vision": 0.5}),
+        mup=Mup(base=BASE, init=0.6, embedding=8.0, attention=0.75, output=1.25, router=1.5, lr={"vision": 0.5}),
         parallel=parallel,
     )
 

@@ -27,7 +27,6 @@ def whole_batch(recipe: Recipe, step: int) -> tuple[dict[str, torch.Tensor], lis
     batch = {name: torch.stack([getattr(pack, name) for pack in packs]) for name in tiny.Pack._fields[:7]}
     batch["images"] = torch.cat([pack.images for pack in packs])
     batch["slots"] = torch.cat([pack.slots + number * tiny.SEQUENCE for number, pack in enumerate(packs)])
-    batch["weights"] = batch["weights"].double()
     return batch, packs
 
 
@@ -47,6 +46,7 @@ def reference_run(recipe: Recipe, steps: int, dtype: torch.dtype = torch.float64
     }
     for step in range(steps):
         batch, packs = whole_batch(recipe, step)
+        batch["weights"] = batch["weights"].to(dtype)
         leaves = {name: value.detach().clone().requires_grad_() for name, value in params.items()}
         share = {part: value / value.sum(-1, keepdim=True) for part, value in load.items()}
         shares = reference.Shares(share, tiny.valid_tokens(recipe.model, packs))
@@ -55,7 +55,7 @@ def reference_run(recipe: Recipe, steps: int, dtype: torch.dtype = torch.float64
         grads = {name: leaf.grad for name, leaf in leaves.items()}
         norm, parts = optimizer.step(params, grads, lr_factor(step + 1, recipe.optim, recipe.steps))
         load = {part: torch.stack(value) for part, value in routing.counts.items()}
-        record.losses.append(float(loss))
+        record.losses.append(float(loss.detach()))
         record.norms.append(norm)
         record.part_norms.append(parts)
         record.counts.append({part: value.float() for part, value in load.items()})

@@ -91,7 +91,7 @@ def mlp(params: Params, name: str, x: Tensor, valid: Tensor, part: str, act: str
     top, ids = p.topk(moe.top_k, -1)
     gates = top / top.sum(-1, keepdim=True)
     ordered = logits.sort(-1, descending=True).values
-    routing.margin = min(routing.margin, float((ordered[:, moe.top_k - 1] - ordered[:, moe.top_k]).min()))
+    routing.margin = min(routing.margin, float((ordered[:, moe.top_k - 1] - ordered[:, moe.top_k]).min().detach()))
     out = torch.zeros(rows.shape[0], rows.shape[1] if part != "connector" else model.decoder.hidden_size, dtype=x.dtype)
     for e in range(moe.num_experts):
         gate = (gates * (ids == e)).sum(-1, keepdim=True)
@@ -102,7 +102,7 @@ def mlp(params: Params, name: str, x: Tensor, valid: Tensor, part: str, act: str
     f = shares.load[part][layer]
     routing.balance.setdefault(part, []).append(moe.num_experts * (f * (p * good.unsqueeze(1)).sum(0) / n).sum())
     chosen = torch.stack([((ids == e).any(-1) & good).sum() for e in range(moe.num_experts)])
-    routing.counts.setdefault(part, []).append(chosen.double())
+    routing.counts.setdefault(part, []).append(chosen.to(x.dtype))
     return out.view(*x.shape[:-1], -1)
 
 
@@ -172,7 +172,7 @@ def rotate(x: Tensor, positions: Tensor, theta: float) -> Tensor:
     """RoPE in Llama's layout on [B, T, H, h]."""
     half = x.shape[-1] // 2
     angle = positions.double().unsqueeze(-1) * theta ** (-torch.arange(half, dtype=torch.float64) / half)
-    cos, sin = angle.cos().unsqueeze(2), angle.sin().unsqueeze(2)
+    cos, sin = angle.cos().unsqueeze(2).to(x.dtype), angle.sin().unsqueeze(2).to(x.dtype)
     a, b = x[..., :half], x[..., half:]
     return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
 
