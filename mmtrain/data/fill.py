@@ -24,7 +24,7 @@ class Filler:
         self._active = active
         self._room, self._slots = data.sequence_length, data.max_images
         self._reserve = data.sequence_length // 4
-        least = min(stream.served / stream.share for stream in active)
+        least = min(stream.progress for stream in active)
         share = sum(stream.share for stream in active)
         self._ceiling = [
             stream.share * (least + data.sequence_length / share) + data.sequence_length / 2 for stream in active

@@ -69,7 +69,7 @@ class Planner:
                 order = SourceOrder(name, shards[name], sizer, seed, data.open_shards, read)
                 share = weights[name] / total
                 limit = (passes or {}).get(name)
-                self._streams.append(Stream(number, order, share, data, sizer, share * volume, limit))
+                self._streams.append(Stream(number, order, share, data, sizer, volume, limit))
 
     @staticmethod
     def _check(names: Sequence[str], sizer: Sizer, data: Data) -> None:
@@ -130,8 +130,9 @@ class Planner:
 
     def _next_pack(self) -> list[Planned]:
         """The next pack, empty when the plan has ended."""
+        going = [stream.progress for stream in self._streams if not stream.ended()]
         for stream in self._streams:
-            stream.refill(self._packs, self._skipped)
+            stream.refill(self._packs, min(going, default=0.0), self._skipped)
         active = [stream for stream in self._streams if stream.waiting]
         pack: list[Planned] = []
         if active and not self.finished:

@@ -61,7 +61,7 @@ class Stream:
     def __init__(
         self, number: int, order: SourceOrder, share: float, data: Data, sizer: Sizer, volume: float, limit: int | None
     ) -> None:
-        """`share` of all tokens; the window holds at most `volume` packs' worth and data.window documents."""
+        """`share` of all tokens; the window holds at most its share of `volume` packs, and data.window documents."""
         self.number = number
         """Number in the recipe's order."""
         self.order = order
@@ -78,16 +78,28 @@ class Stream:
         self._sizer = sizer
         self._tokens, self._images, self._window = data.sequence_length, data.max_images, data.window
         self._volume = 0  # of the window, in 1 / (sequence_length * max_images) packs
-        self._most = volume * self._tokens * self._images
+        self._most = share * volume * self._tokens * self._images
+        self._ahead = volume * self._tokens
         self._cuts: tuple[int, list[Cut]] = (-1, [])
+
+    @property
+    def progress(self) -> float:
+        """Tokens that all sources together have had when this one has had what it has: its clock in the mixture."""
+        return self.served / self.share
 
     def ended(self) -> bool:
         """Whether a limited source has given all that it had to."""
         return self.limit is not None and self._ordinal >= self.limit and not self.waiting
 
-    def refill(self, packs: int, skipped: list[Skipped]) -> None:
-        """Draw documents until the window is full: in number, or in packs that it would make."""
+    def refill(self, packs: int, least: float, skipped: list[Skipped]) -> None:
+        """Draw documents until the window is full: in number, or in packs that it would make.
+
+        `least` is the smallest `progress` of all sources. A source far ahead of it draws nothing: its document would
+        only wait, and be forced into a pack that its share does not allow yet.
+        """
         waiting = self.waiting
+        if not waiting and self.progress > least + self._ahead:
+            return
         while not waiting or (len(waiting) < self._window and self._volume < self._most):
             document = self._draw(packs, skipped)
             if document is None:

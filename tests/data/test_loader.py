@@ -117,8 +117,12 @@ def test_resume_on_other_ranks_is_the_undisturbed_stream(folder: Path) -> None:
 def test_sums_are_those_of_the_batches(folder: Path) -> None:
     made = make(folder, micro_batch=4)
     vision = made.model.vision
+    served = Counter()
     for step in steps(made):
         batches = step.micro_batches
+        for batch in batches:
+            served.update(batch.source_ids[batch.document_ids >= 0].tolist())
+        assert step.served == {"captions": served[0], "text": served[2]}
         images = sum(int(batch.image_valid.sum()) for batch in batches)
         assert step.label_weight == sum(float(batch.weights.sum()) for batch in batches) > 0
         assert step.valid_tokens == {

@@ -11,7 +11,7 @@ from mmtrain.config.errors import ConfigError, DataError
 from mmtrain.config.schema import Data
 from mmtrain.config.seed import derive
 from mmtrain.data.image import Canvas
-from mmtrain.data.ordering import Sizer, permutation
+from mmtrain.data.ordering import Sizer, SourceOrder, permutation
 from mmtrain.data.plan import CURSOR_BYTES, Planner
 from mmtrain.data.window import Planned
 from tests.data.plans import IMAGE, IMAGE_TOKENS, SIZER, names, read, source, text
@@ -124,6 +124,33 @@ def test_the_mixture_follows_the_weights_by_tokens(weights) -> None:
         before = plan.served
 
 
+@pytest.mark.parametrize(
+    ("documents", "weights"),
+    [
+        # One-token documents would fill every gap that the long ones leave, far beyond their share.
+        ([[[text(30)]] * 9, [[text(1)]] * 9], (0.95, 0.05)),
+        # One document of the small source is all that it may have in 25 packs.
+        ([[[text(4)]] * 30, [[text(40)]] * 5], (0.96, 0.04)),
+    ],
+)
+def test_no_gap_and_no_patience_breaks_the_mixture(documents, weights) -> None:
+    plan = planner(documents, weights, passes=None)
+    for _ in range(200):
+        plan.next_step()
+    total = sum(plan.served.values())
+    for weight, made in zip(weights, plan.served.values(), strict=True):
+        assert abs(made - weight * total) <= 1.5 * DATA.sequence_length
+
+
+def test_nothing_waits_too_long_where_the_mixture_cannot_be_had() -> None:
+    """One image a pack is all that fits, so text would wait for ever to keep its share."""
+    data = replace(DATA, sequence_length=80, max_images=1)
+    plan = planner([[[IMAGE, text(1)]] * 9, [[text(20)]] * 9], (0.5, 0.5), data, passes=None)
+    for _ in range(100):
+        plan.next_step()
+        assert plan.longest_wait <= data.max_wait
+
+
 def test_packs_are_nearly_full() -> None:
     data = replace(DATA, sequence_length=128, max_images=16, max_wait=64, window=200)
     plan = planner([SHORT, LONG, PLAIN], (0.45, 0.45, 0.1), data, passes=None)
@@ -132,14 +159,16 @@ def test_packs_are_nearly_full() -> None:
     assert tokens >= 0.99 * len(packs) * data.sequence_length
 
 
-def test_each_epoch_and_seed_has_its_own_order() -> None:
-    def order(seed: int, epochs: int) -> list[str]:
-        plan = planner([PLAIN], (1.0,), seed=seed, passes=epochs)
-        return [planned.entry.key for pack in all_packs(plan) for planned in pack]
+@pytest.mark.parametrize("per_shard", [1, len(PLAIN)])
+def test_each_epoch_and_seed_has_its_own_order(per_shard: int) -> None:
+    """Of the shards (one sample each) and of the samples in a shard (one shard)."""
 
-    assert order(0, 1) != order(1, 1)
-    both = order(0, 2)
-    assert both[:40] != both[50:90]
+    def order(seed: int, epoch: int) -> list[str]:
+        made = SourceOrder("s", source("s", PLAIN, per_shard), SIZER, seed, 1, read)
+        return [made.entry(made[epoch * len(PLAIN) + place]).key for place in range(len(PLAIN))]
+
+    assert sorted(order(0, 0)) == sorted(order(0, 1)) == sorted(order(1, 0)) == sorted(f"s-{n}" for n in range(50))
+    assert len({tuple(order(seed, epoch)) for seed in (0, 1) for epoch in (0, 1, 2)}) == 6
     assert order(0, 1) == order(0, 1)
 
 
