@@ -61,6 +61,15 @@ def test_exif_orientation_is_applied(form: str, orientation: int, resize: str) -
     assert near(decode_image(data, canvas)[0], Image.fromarray(expected[0].transpose(1, 2, 0)))
 
 
+def test_a_turned_jpeg_is_decoded_as_large_as_its_turned_sides_need() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    stripes = np.repeat(np.tile(np.uint8([0, 0, 255, 255]), 25)[:, None, None], 400, axis=1).repeat(3, axis=2)
+    data = stored(Image.fromarray(stripes), "JPEG", quality=95, exif=exif)
+    upright = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
+    assert near(decode_image(data, Canvas(10, 100))[0], upright.resize((100, 10), Image.Resampling.BICUBIC))
+
+
 def test_a_jpeg_with_broken_exif_stays_as_it_is() -> None:
     exif = Image.Exif()
     exif[0x0112] = 6

@@ -50,8 +50,13 @@ def test_a_document_that_fits_is_one_stretch() -> None:
 
 
 def test_a_text_longer_than_a_pack_fills_packs_to_the_last_token() -> None:
-    cuts = cut_document([(3, 0), (30, 0)], LENGTH, IMAGES)
-    assert [(cut.first, cut.start, cut.last, cut.stop) for cut in cuts] == [(0, 0, 1, 9), (1, 9, 1, 21), (1, 21, 1, 30)]
+    cuts = cut_document([(11, 0), (30, 0)], LENGTH, IMAGES)
+    assert [(cut.first, cut.start, cut.last, cut.stop) for cut in cuts] == [
+        (0, 0, 1, 1),
+        (1, 1, 1, 13),
+        (1, 13, 1, 25),
+        (1, 25, 1, 30),
+    ]
 
 
 def test_an_image_goes_with_the_text_after_it() -> None:
