@@ -97,22 +97,28 @@ class Guard:
     def __init__(self, max_skips: int, skip_steps: Sequence[int] = (), skips: int = 0):
         self.max_skips, self.skip_steps, self.skips = max_skips, frozenset(skip_steps), skips
 
-    def judge(self, step: int, loss: float, grad_norm: float, keys: Sequence[str]) -> str:
-        """Why step `step` is to be skipped; empty to apply it. `keys` are the samples of this rank's packs.
+    def judge(
+        self, step: int, loss: float, grad_norm: float, label_weight: float, pack_keys: Sequence[Sequence[str]]
+    ) -> str:
+        """Why step `step` is to be skipped; empty to apply it. Loss, norm and label weight are the global batch's.
 
-        TrainingStopped when that is one skip too many.
+        pack_keys: samples of this rank's packs. TrainingStopped when that is one skip too many; a step that is left
+        out on purpose, or that has nothing to learn from, does not count.
         """
         if step in self.skip_steps:
             return "listed in guard.skip_steps"
+        if label_weight == 0:
+            return "no label in the global batch"
         numbers = {"loss": loss, "gradient norm": grad_norm}
         wrong = [f"{name} {value}" for name, value in numbers.items() if not math.isfinite(value)]
         if not wrong:
             return ""
         self.skips += 1
         if self.skips > self.max_skips:
+            keys = shortened([key for pack in pack_keys for key in pack], 8)
             raise TrainingStopped(
                 f"step {step}: {' and '.join(wrong)}; that is unusable step {self.skips} of this run, guard.max_skips "
-                f"is {self.max_skips}. Samples of the step: {shortened(list(keys), 8)}. Lower optim.lr, look at these "
+                f"is {self.max_skips}. Samples of the step: {keys}. Lower optim.lr, look at these "
                 "samples, or go on from the last checkpoint with guard.skip_steps."
             )
         return " and ".join(wrong)

@@ -2,6 +2,7 @@
 
 import itertools
 import logging
+import math
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
@@ -13,15 +14,15 @@ from mmtrain.config.errors import CheckpointError
 from mmtrain.parallel.box import Box
 from mmtrain.run import manifest, retain
 from mmtrain.run.comm import Comm, SingleProcess
-from mmtrain.run.entries import Entry, local, runs
+from mmtrain.run.entries import Entry, Run, local, runs
 from mmtrain.run.manifest import Manifest, shortened
-from mmtrain.run.shards import ShardMap, hash_file, read_entries
+from mmtrain.run.shards import ShardFile, hash_file
 
 log = logging.getLogger("mmtrain.run")
 
 T = TypeVar("T")
 
-_OPEN_FILES = 64  # memory maps of one reader at a time
+_OPEN_FILES = 64  # of one reader at a time
 
 
 class Reader:
@@ -33,7 +34,7 @@ class Reader:
         for file, held in sorted(entries.items()):
             for entry in held:  # of replicas, the first
                 self._index.setdefault((entry.kind, entry.name), {}).setdefault((entry.box, entry.flat), (file, entry))
-        self._maps: OrderedDict[str, ShardMap] = OrderedDict()
+        self._files: OrderedDict[str, ShardFile] = OrderedDict()
 
     def names(self, kind: str = "param") -> list[str]:
         """Global names of the tensors that have this kind, sorted."""
@@ -63,7 +64,7 @@ class Reader:
         self, name: str, kind: str = "param", box: Box | None = None, flat: tuple[int, int] | None = None
     ) -> torch.Tensor:
         """Elements of a tensor in the dtype that was saved: the shape of `box` (None: all of it), or with `flat`, that
-        range of the box's elements in row-major order, 1-D. Only the pages that hold them are read.
+        range of the box's elements in row-major order, 1-D. What is read of a file is little more than that.
         """
         shape = self.shape(name)
         box = box or Box.whole(shape)
@@ -71,21 +72,18 @@ class Reader:
             raise CheckpointError(f"{self.folder}: {box} reaches beyond {name}, which has shape {list(shape)}")
         first, last = flat or (0, box.numel)
         pieces = self._pieces(kind, name)
-        out = torch.empty(last - first, dtype=self._tensor(*pieces[0]).dtype)
+        out = torch.empty(last - first, dtype=self._open(pieces[0][0]).dtype(pieces[0][1]))
         wanted = [(run, run.box.numel) for run in runs(box, (first, last))]
         filled = 0
         for file, entry in pieces:
             if entry.box.intersect(box) is None or (entry.box == box and not _meet(entry.flat, (first, last))):
                 continue  # most pieces of a large run leave here
-            stored = None
             for have, (want, volume) in itertools.product(runs(entry.box, entry.flat), wanted):
                 shared = have.box.intersect(want.box)
                 if shared is None:
                     continue
-                stored = self._tensor(file, entry) if stored is None else stored
-                source = stored[have.offset : have.offset + have.box.numel].view(have.box.shape)
                 target = out[want.offset : want.offset + volume].view(want.box.shape)
-                target[local(shared, want.box)] = source[local(shared, have.box)]
+                self._copy(file, entry, have, shared, target[local(shared, want.box)])
                 filled += shared.numel
         if filled != last - first:
             raise CheckpointError(f"{self.folder}: {kind} of {name}: pieces fill {filled} of {last - first} elements")
@@ -96,14 +94,27 @@ class Reader:
             raise CheckpointError(f"{self.folder} holds no {kind} of {name!r}")
         return list(self._index[kind, name].values())
 
-    def _tensor(self, file: str, entry: Entry) -> torch.Tensor:
-        """Lazy flat view of an entry."""
-        if file not in self._maps:
-            if len(self._maps) == _OPEN_FILES:
-                self._maps.popitem(last=False)
-            self._maps[file] = ShardMap(self.folder / file)
-        self._maps.move_to_end(file)
-        return self._maps[file].tensor(entry)
+    def _copy(self, file: str, entry: Entry, have: Run, shared: Box, target: torch.Tensor) -> None:
+        """Fill `target` (of the box `shared`) from a run of an entry."""
+        strides = [math.prod(have.box.shape[dim + 1 :]) for dim in range(len(have.box.shape))]
+        inside = local(shared, have.box)
+        first = sum(part.start * stride for part, stride in zip(inside, strides, strict=True))
+        last = sum((part.stop - 1) * stride for part, stride in zip(inside, strides, strict=True)) + 1
+        if target.is_contiguous() and target.numel() == last - first:
+            self._open(file).read_into(entry, have.offset + first, target)
+            return
+        span = torch.empty(last - first, dtype=target.dtype)  # from the first element of `shared` to its last
+        self._open(file).read_into(entry, have.offset + first, span)
+        target.copy_(span.as_strided(shared.shape, strides))
+
+    def _open(self, file: str) -> ShardFile:
+        """The file, opened now or before."""
+        if file not in self._files:
+            if len(self._files) == _OPEN_FILES:
+                self._files.popitem(last=False)[1].close()
+            self._files[file] = ShardFile(self.folder / file)
+        self._files.move_to_end(file)
+        return self._files[file]
 
 
 def _meet(a: tuple[int, int], b: tuple[int, int]) -> bool:
@@ -169,7 +180,9 @@ def _verified(folder: Path, name: str, contents: Manifest) -> dict[str, list[Ent
         raise CheckpointError(f"{name} has {found.size} bytes, {meant.size} were written")
     if found.sha256 != meant.sha256:
         raise CheckpointError(f"{name} has sha256 {found.sha256[:12]}..., {meant.sha256[:12]}... was written")
-    return {name: read_entries(folder / name)} if name.endswith(".safetensors") else {}
+    if not name.endswith(".safetensors"):
+        return {}
+    return {name: ShardFile(folder / name).entries()}
 
 
 def newest(run_dir: Path, comm: Comm | None = None) -> Reader | None:

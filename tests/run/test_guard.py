@@ -82,13 +82,14 @@ def test_one_rank_signalled_stops_all(flag):
 
 def test_steps_that_cannot_be_used_are_counted_and_bounded():
     guard = Guard(max_skips=2, skip_steps=[5], skips=1)
-    assert guard.judge(3, 2.0, 1.0, []) == ""
-    assert guard.judge(4, float("nan"), float("inf"), []) == "loss nan and gradient norm inf"
-    assert guard.judge(5, 2.0, 1.0, []) == "listed in guard.skip_steps"
+    assert guard.judge(3, 2.0, 1.0, 9.0, []) == ""
+    assert guard.judge(4, float("nan"), float("inf"), 9.0, []) == "loss nan and gradient norm inf"
+    assert guard.judge(4, float("nan"), 0.0, 0.0, []) == "no label in the global batch"
+    assert guard.judge(5, 2.0, 1.0, 9.0, []) == "listed in guard.skip_steps"
     assert guard.skips == 2
     keys = [f"captions/{number}" for number in range(10)]
     with pytest.raises(TrainingStopped) as caught:
-        guard.judge(6, 2.0, float("nan"), keys)
+        guard.judge(6, 2.0, float("nan"), 9.0, [keys[:4], keys[4:]])
     text = str(caught.value)
     assert text.startswith("step 6: gradient norm nan; that is unusable step 3 of this run, guard.max_skips is 2.")
     assert "captions/0, captions/1" in text and "and 2 more" in text and "guard.skip_steps" in text
