@@ -42,6 +42,9 @@ LONGEST_FILE = 350
 # zero_stage is DeepSpeed's word; connector.stage1 and stage2 are the names of RegNet stages.
 STAGE = re.compile(r"(?<!zero_)(?<!connector\.)stage", re.IGNORECASE)
 
+# In parallel/ the word means ZeRO's stages, which is what DeepSpeed calls them.
+STAGE_BLIND = sorted(path for path in (ROOT / "mmtrain").rglob("*.py") if path.parent.name != "parallel")
+
 SOURCES = sorted(path for folder in ("mmtrain", "launch", "tools") for path in (ROOT / folder).rglob("*.py"))
 
 
@@ -108,7 +111,7 @@ def test_no_file_is_longer_than_a_reader_can_hold(path):
     assert len(path.read_text().splitlines()) <= LONGEST_FILE
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "mmtrain").rglob("*.py")), ids=lambda path: str(path.relative_to(ROOT)))
+@pytest.mark.parametrize("path", STAGE_BLIND, ids=lambda path: str(path.relative_to(ROOT)))
 def test_no_condition_asks_for_the_stage(path):
     assert [text for text in conditions(ast.parse(path.read_text())) if STAGE.search(text)] == []
 

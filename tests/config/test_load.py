@@ -229,7 +229,7 @@ def test_a_dumped_recipe_loads_as_the_same_recipe(folder):
         assert load(write("dumped.yaml", dump(recipe))) == recipe
 
 
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=15)
 @given(
     lr=st.floats(min_value=1e-12, max_value=10),
     name=st.text(st.characters(codec="utf-8", exclude_categories=("C",)), min_size=1),
