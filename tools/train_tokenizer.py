@@ -11,18 +11,23 @@ from pathlib import Path
 from rich.console import Console
 
 from mmtrain.config.errors import DataError, UserError
+from mmtrain.data.chat import TEMPLATES, TemplateName, template_named
 from mmtrain.data.formats import texts_of
 from mmtrain.data.tokenizer import Tokenizer, train_bpe
 
 
-def train(files: Sequence[Path], vocab_size: int, out: Path) -> Tokenizer:
-    """Train on all texts of `files` and write `out`; DataError if it exists already."""
+def train(files: Sequence[Path], vocab_size: int, out: Path, chat_template: TemplateName = "plain") -> Tokenizer:
+    """Train on all texts of `files` and write `out`; DataError if it exists already.
+
+    The labels of `chat_template` ("Question:") count as often as texts do: they stand around every turn.
+    """
     if out.exists():
         raise DataError(
             f"tokenizer {out}: exists already; shards may depend on it, so choose another name or delete it"
         )
-    train_bpe((text for file in files for text in texts_of(file)), vocab_size, out)
-    return Tokenizer(out)
+    texts = [text for file in files for text in texts_of(file)]
+    train_bpe([*texts, *template_named(chat_template).labels() * len(texts)], vocab_size, out)
+    return Tokenizer(out, chat_template)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -31,9 +36,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("files", nargs="+", type=Path, help="input files")
     parser.add_argument("--vocab-size", type=int, required=True, help="entries, special tokens included")
     parser.add_argument("--out", type=Path, required=True, help="where to write tokenizer.json")
+    parser.add_argument("--chat-template", default="plain", choices=sorted(TEMPLATES), help="default: plain")
     args = parser.parse_args(argv)
     try:
-        tokenizer = train(args.files, args.vocab_size, args.out)
+        tokenizer = train(args.files, args.vocab_size, args.out, args.chat_template)
     except UserError as error:
         Console(stderr=True).print(f"error: {error}", style="red", soft_wrap=True, markup=False, highlight=False)
         return 2

@@ -62,6 +62,10 @@ class Template:
     special_tokens: tuple[str, ...]
     """Tokens that the tokenizer must have for it."""
 
+    def labels(self) -> list[str]:
+        """Its plain text, without special tokens: what a tokenizer should know as well as the words around it."""
+        return [run.text for run in (*self.next, *self.answer) if not run.special]
+
 
 _TURN_END = Run("<|im_end|>", special=True)
 _TURN_START = Run("<|im_start|>", special=True)

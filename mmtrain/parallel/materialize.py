@@ -21,7 +21,7 @@ def fill(model: nn.Module, layout: Layout, make: Make, device: torch.device, kee
     At any time this process holds what it keeps and one tensor more.
     ValueError where a value does not have its box's shape, or where a buffer is left without values.
     """
-    for name, parameter in parameters(model):
+    for name, parameter in list(parameters(model)):  # a list: filling a tied weight replaces it where it stands twice
         placement = layout[name]
         value = make(name, placement.real)
         if tuple(value.shape) != placement.real.shape:

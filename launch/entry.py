@@ -1,0 +1,57 @@
+"""What all entry points share: quiet libraries, one line for a person's mistake, an exit code for the machine."""
+
+import logging
+import os
+import sys
+import time
+from collections.abc import Callable
+
+EXIT_USER_ERROR = 2
+OTHERS_WAIT = 4.0  # seconds in which the launcher ends the other ranks, once rank 0 has told the mistake
+
+
+def setup() -> None:
+    """Environment and logging. Before torch and deepspeed are imported."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("DS_LOG_LEVEL", "error")
+    told = logging.StreamHandler(sys.stdout)
+    told.setFormatter(logging.Formatter("%(message)s"))
+    ours = logging.getLogger("mmtrain")  # not the root: libraries tell it about their compilers
+    ours.addHandler(told)
+    ours.propagate = False
+    ours.setLevel(logging.INFO if _rank() == 0 else logging.ERROR)
+
+
+def run(main: Callable[[], int]) -> None:
+    """Exit with main's code. A UserError becomes one line on stderr and code 2, other errors keep their traceback."""
+    try:
+        from mmtrain.config.errors import UserError
+    except ModuleNotFoundError as error:
+        fail(_missing(error))
+    try:
+        code = main()
+    except UserError as error:
+        fail(str(error))
+    except ModuleNotFoundError as error:
+        if error.name and error.name.split(".")[0] in ("mmtrain", "launch", "tools"):
+            raise
+        fail(_missing(error))
+    sys.exit(code)
+
+
+def fail(message: str) -> None:
+    """Print `message` once, from rank 0 if it can, and leave without waiting for other ranks."""
+    if _rank():
+        time.sleep(OTHERS_WAIT)
+        message = f"rank {_rank()}: {message}"
+    sys.stdout.flush()
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    os._exit(EXIT_USER_ERROR)  # threads and process groups of a run that never began must not hold the exit
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0)
+
+
+def _missing(error: ModuleNotFoundError) -> str:
+    return f"the package {error.name} is missing: pip install -r requirements.txt (or `make test`, which makes .venv)"

@@ -1,0 +1,118 @@
+"""From a recipe to an engine with weights: the model on the meta device, its roles, its pieces, their values."""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import torch
+
+from mmtrain.config.errors import CheckpointError, ConfigError
+from mmtrain.config.load import load
+from mmtrain.config.resume import resume_differences
+from mmtrain.config.schema import Model, Recipe
+from mmtrain.data.tokenizer import Tokenizer
+from mmtrain.model.balance import RouterState
+from mmtrain.model.build import meta_model
+from mmtrain.model.vlm import VisionLanguageModel
+from mmtrain.mup.registry import Registry
+from mmtrain.mup.scales import base_model_config, forward_scales
+from mmtrain.optim.groups import param_groups
+from mmtrain.parallel.engine import Engine
+from mmtrain.parallel.groups import Groups
+from mmtrain.run.lock import RunLock
+from mmtrain.run.reader import newest
+from mmtrain.run.retain import clean_leftovers, committed
+from mmtrain.run.saver import RECIPE
+from mmtrain.run.weights import check_same_model
+from mmtrain.weights import Weights, stored_shapes
+
+log = logging.getLogger("mmtrain")
+
+
+@dataclass(frozen=True)
+class Assembly:
+    """A recipe's model, ready to train."""
+
+    engine: Engine
+    registry: Registry
+
+
+class Done(NamedTuple):
+    """How far the run in the folder had come."""
+
+    step: int = 0
+    cursor: Mapping[str, Any] | None = None
+    skips: int = 0
+    metrics: Mapping[str, float] = MappingProxyType({})
+
+
+def blueprint(recipe: Recipe) -> tuple[VisionLanguageModel, Registry]:
+    """The model on the meta device with muP's factors in its forward, and the table of its parameters.
+
+    ConfigError: the base widths do not fit the model.
+    """
+    base = base_model_config(recipe.model, recipe.mup.base)
+    scales = forward_scales(recipe.model, base, recipe.mup)
+    with torch.device("meta"):
+        model = VisionLanguageModel(recipe.model, scales, recipe.parallel.activation_checkpointing)
+    return model, Registry.build(model, meta_model(base), recipe.mup)
+
+
+def assemble(recipe: Recipe, groups: Groups) -> Assembly:
+    """Build, cut, fill and hand over to the engine. Every layout starts from the same numbers.
+
+    ConfigError, CheckpointError: patterns that match nothing, weights that do not fit.
+    """
+    model, registry = blueprint(recipe)
+    weights = Weights(recipe, registry, groups)
+    if weights.report:
+        log.info("weights from %s\n%s", recipe.init_from, weights.report)
+    engine = Engine.build(model, recipe, groups, lambda named: param_groups(named, registry, recipe), weights.make)
+    return Assembly(engine, registry)
+
+
+def check_vocabulary(model: Model, tokenizer: Tokenizer) -> None:
+    """Raise ConfigError where the tokenizer has ids that the model has no row for."""
+    if tokenizer.vocab_size > model.decoder.vocab_size:
+        raise ConfigError(
+            f"model.decoder.vocab_size={model.decoder.vocab_size}: tokenizer {tokenizer.path} with its special tokens "
+            f"has {tokenizer.vocab_size} entries; set model.decoder.vocab_size={tokenizer.vocab_size}"
+        )
+
+
+def resume(recipe: Recipe, built: Assembly, routers: RouterState, groups: Groups, lock: RunLock) -> Done:
+    """Go on from the newest good checkpoint in the run folder; `Done()` when there is none.
+
+    ConfigError: the recipe differs in what it computes, or `resume: never` meets a checkpoint. CheckpointError: the
+    checkpoint is another model's.
+    """
+    out = Path(recipe.out)
+    if groups.rank == 0:
+        clean_leftovers(out, lock)
+    groups.barrier()
+    if recipe.resume == "never" and (steps := committed(out)):
+        raise ConfigError(
+            f"resume=never, but {out} has checkpoints (steps {sorted(steps)}): choose another out, or resume=auto"
+        )
+    reader = newest(out, groups)
+    if reader is None:
+        return Done()
+    check_same_model(reader, stored_shapes(built.registry), built.registry.hash())
+    allowed, refused = resume_differences(load(reader.folder / RECIPE), recipe)
+    if refused:
+        raise ConfigError(
+            f"{reader.folder} was trained with another recipe: {'; '.join(refused)}. Go back to its values, name these "
+            "keys in resume_allow to change them on purpose, or choose another out"
+        )
+    state, step = reader.manifest.state, reader.manifest.step
+    built.engine.load(reader.read, state.optimizer_steps)
+    if state.routers.keys() != routers.shares.keys():
+        raise CheckpointError(f"{reader.folder}: router state of {sorted(state.routers)}, not {sorted(routers.shares)}")
+    routers.load(state.routers)
+    log.info(
+        "%s: going on after step %d (%s)%s", recipe.name, step, reader.folder, "".join(f"\n  {d}" for d in allowed)
+    )
+    return Done(step, state.cursor, state.skips, state.metrics)

@@ -1,0 +1,118 @@
+"""One stage of training, from recipe to report, read top to bottom."""
+
+import logging
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+from mmtrain.assemble import assemble, check_vocabulary, resume
+from mmtrain.config.check import check
+from mmtrain.config.schema import Recipe
+from mmtrain.data.loader import Loader
+from mmtrain.data.tokenizer import Tokenizer
+from mmtrain.measure import HeldOut
+from mmtrain.model.balance import RouterState
+from mmtrain.optim.schedule import lr_factor
+from mmtrain.parallel.environment import discover
+from mmtrain.parallel.groups import Groups, connect
+from mmtrain.run.guard import Guard, StopFlag, exit_code, stop_reason
+from mmtrain.run.lock import RunLock
+from mmtrain.run.profile import ProfileWindow
+from mmtrain.totals import LossTotals, StepSums
+from mmtrain.watch import Watch, window
+
+log = logging.getLogger("mmtrain")
+
+
+class Options(NamedTuple):
+    """What belongs to one start of the command and not to the run."""
+
+    check_only: bool = False
+    """Do every check, read one step of data, stop."""
+    profile: str = ""
+    """FIRST:LAST steps to trace; empty for none."""
+
+
+def train(recipe: Recipe, options: Options = Options()) -> int:  # noqa: B008 - a constant
+    """Run `recipe` to its last step, from its newest checkpoint if there is one. Returns the process's exit code.
+
+    UserError for everything that a person can mend; before the first step wherever that can be known there.
+    """
+    # ---- what, and on how many ranks: every check that needs no process group
+    place = discover()
+    check(recipe, place.world)
+    tokenizer = Tokenizer(recipe.data.tokenizer, recipe.data.chat_template)
+    check_vocabulary(recipe.model, tokenizer)
+    groups = connect(recipe.parallel, place)
+    lock = RunLock(Path(recipe.out), groups)
+
+    # ---- a model for one device, its pieces on the ranks, and where an interrupted run stood
+    built = assemble(recipe, groups)
+    engine, routers = built.engine, RouterState.first(recipe.model, groups.device)
+    done = resume(recipe, built, routers, groups, lock)
+
+    # ---- what it learns from, and how it is watched
+    loader = Loader(recipe, tokenizer, groups.data_rank, groups.data_size, cursor=done.cursor)
+    total_steps = loader.total_steps
+    held_out = HeldOut(recipe, tokenizer, groups)
+    batches = iter(loader)
+    if options.check_only:
+        sums = StepSums.of(next(batches), 0, groups)
+        log.info("%s: every check passed; a step holds %d tokens, %d images", recipe.name, sums.tokens, sums.images)
+        return finish(loader, lock, groups)
+    if done.step >= total_steps:
+        log.info("%s: all %d steps are done", recipe.name, total_steps)
+        return finish(loader, lock, groups)
+    watch = Watch(recipe, groups, built, tokenizer, total_steps, done)
+    guard = Guard(recipe.guard.max_skips, recipe.guard.skip_steps, done.skips)
+    stop = StopFlag(Path(recipe.out), groups.rank)
+    profile = ProfileWindow(options.profile, Path(recipe.out), groups.rank) if options.profile else None
+
+    # ---- the loop
+    started, stopped = time.perf_counter(), 0
+    for step in range(done.step + 1, total_steps + 1):
+        with window(profile, step):
+            with watch.phase("data_wait"):
+                data = next(batches)
+            sums = StepSums.of(data, stop.code(), groups)
+            inputs = routers.inputs(sums.label_weight, sums.valid_tokens)
+            totals = LossTotals(recipe.model)
+            for number, batch in enumerate(data.micro_batches):
+                with watch.phase("forward"):
+                    losses = engine.forward(batch.to(groups.device), inputs)
+                with watch.phase("backward"):
+                    engine.backward(losses.total, last=number == len(data.micro_batches) - 1)
+                totals.add(losses)
+            totals.reduce(groups)
+            factor = lr_factor(step, recipe.optim, total_steps)
+            with watch.phase("update"):
+                norms = engine.norms()
+                skipped = guard.judge(step, totals.loss(), norms.grad_norm, float(sums.label_weight), data.pack_keys)
+                if skipped:
+                    engine.discard()
+                else:
+                    engine.step(factor)
+            routers.update(totals.by_part("counts"))
+        with watch.paused():
+            measured = held_out.measure(engine, routers) if held_out.due(step, total_steps) else None
+        watch.report(step, data, sums, totals, norms, factor, skipped, measured)
+        stopped = sums.stop
+        if stopped or step == total_steps or step % recipe.checkpoint.every == 0:
+            watch.save(step, routers, data.cursor, guard.skips)
+        if stopped:
+            log.info("%s: stopped after step %d: %s", recipe.name, step, stop_reason(stopped))
+            break
+
+    # ---- the end
+    watch.close(time.perf_counter() - started, guard.skips)
+    stop.close()
+    return finish(loader, lock, groups, exit_code(stopped) if stopped else 0)
+
+
+def finish(loader: Loader, lock: RunLock, groups: Groups, code: int = 0) -> int:
+    """Let go of everything that outlives a function; returns `code`."""
+    loader.close()
+    groups.barrier()
+    lock.release()
+    groups.close()
+    return code

@@ -1,0 +1,206 @@
+"""Everything that looks at a run: metrics, progress, plots, checkpoints with their numbers, the report."""
+
+import json
+import logging
+from collections import Counter
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import rich
+
+from mmtrain.assemble import Assembly, Done
+from mmtrain.config.load import dump
+from mmtrain.config.schema import Recipe
+from mmtrain.data.record import Step
+from mmtrain.data.tokenizer import Tokenizer
+from mmtrain.measure import Measured
+from mmtrain.model.balance import RouterState
+from mmtrain.model.build import parameter_counts, training_flops
+from mmtrain.parallel.engine import Norms
+from mmtrain.parallel.groups import Groups
+from mmtrain.run.flops import peak_flops
+from mmtrain.run.manifest import RunState
+from mmtrain.run.metrics import Meter, MetricsLog, Phase, StepLines, StepRecord, peak_memory
+from mmtrain.run.plots import draw_plots
+from mmtrain.run.profile import ProfileWindow
+from mmtrain.run.progress import ProgressLog
+from mmtrain.run.report import Report, table, write_report
+from mmtrain.run.retain import HELD_OUT
+from mmtrain.run.saver import Saver
+from mmtrain.run.wandb_log import WandbLog
+from mmtrain.totals import LossTotals, StepSums
+
+log = logging.getLogger("mmtrain")
+
+LEDGER = "ledger.jsonl"
+DOCUMENTS, UNUSABLE = "documents/", "unusable/"
+
+
+class Watch:
+    """Rank 0 writes; the other ranks take part in what is collective."""
+
+    def __init__(
+        self, recipe: Recipe, groups: Groups, built: Assembly, tokenizer: Tokenizer, total_steps: int, done: Done
+    ) -> None:
+        self._recipe, self._groups, self._built, self._total = recipe, groups, built, total_steps
+        self._out = Path(recipe.out)
+        keep = recipe.checkpoint
+        self._saver = Saver(self._out, groups, keep.keep_last, keep.keep_every, keep.keep_best)
+        self._meter = Meter(groups.device, peak_flops(groups.device, groups.world))
+        self._tokenizer_file = tokenizer.path.read_bytes()
+        self._counters = Counter({name: int(value) for name, value in done.metrics.items() if "/" in name})
+        self._measured: Measured | None = None
+        self._record: StepRecord | None = None
+        self._rank0 = groups.rank == 0
+        if self._rank0:
+            self._lines = MetricsLog(self._out, done.step)
+            self._ledger = StepLines(self._out / LEDGER, done.step)
+            self._progress = ProgressLog(recipe.name, total_steps, done.step)
+            self._wandb = WandbLog(recipe.log, recipe.name, self._out, asdict(recipe))
+
+    def phase(self, name: Phase) -> AbstractContextManager[None]:
+        """Time what happens inside as one of the meter's phases."""
+        return self._meter.phase(name)
+
+    def paused(self) -> AbstractContextManager[None]:
+        """Leave what happens inside out of the rates."""
+        return self._meter.paused()
+
+    def report(
+        self,
+        step: int,
+        data: Step,
+        sums: StepSums,
+        totals: LossTotals,
+        norms: Norms,
+        factor: float,
+        skipped: str,
+        measured: Measured | None,
+    ) -> None:
+        """Take in a step; write its line when one is due. Collective where samples were unusable."""
+        recipe = self._recipe
+        self._meter.count(sums.tokens, sums.images, self._flops(sums))
+        self._counters.update(
+            {DOCUMENTS + name: count for name, count in zip(recipe.data.sources, sums.documents, strict=True)}
+        )
+        self._measured = measured
+        if sums.unusable:
+            self._write_ledger(step, data)
+        if not self._rank0:
+            return
+        self._progress.update(step)
+        if not (measured or skipped or sums.stop or step % recipe.log.every == 0 or step in (1, self._total)):
+            return
+        served = sum(data.served.values())
+        self._record = StepRecord(
+            step=step,
+            loss=totals.loss(),
+            language_loss=totals.language_loss(),
+            loss_by_source=totals.by_source(list(recipe.data.sources)),
+            grad_norm=norms.grad_norm,
+            lr=recipe.optim.lr * factor,
+            part_norms=norms.part_norms,
+            balance={part: float(value) for part, value in totals.by_part("balance").items()},
+            z={part: float(value) for part, value in totals.by_part("z").items()},
+            expert_shares=totals.expert_shares(),
+            mixture={name: count / max(served, 1) for name, count in data.served.items()},
+            padding_share=1.0 - sums.tokens / sums.positions,
+            tokens=served,
+            skipped=skipped,
+            held_out=measured.held_out if measured else {},
+            matching=measured.matching if measured else {},
+            rates=self._meter.rates(),
+        )
+        self._lines.write(self._record)
+        self._progress.report(self._record)
+        self._wandb.write(step, self._record.as_json())
+
+    def _flops(self, sums: StepSums) -> float:
+        """Model FLOPs of a step (mmtrain.model.build); the mean causal context is taken as half a pack."""
+        context = self._recipe.data.sequence_length / 2
+        return training_flops(self._recipe.model, sums.tokens, sums.images, float(sums.label_weight), context)
+
+    def _write_ledger(self, step: int, data: Step) -> None:
+        """Append the unusable samples of all ranks to OUT/ledger.jsonl."""
+        # Tensor ranks read the same packs and report the same samples.
+        mine = data.ledger if self._groups.tensor_rank == 0 else []
+        for line in (line for lines in self._groups.all_gather_object(mine) for line in lines):
+            self._counters[UNUSABLE + line["source"]] += 1
+            log.warning("step %d: sample left out: %s", step, json.dumps(line))
+            if self._rank0:
+                self._ledger.write({"step": step, **line})
+
+    def save(self, step: int, routers: RouterState, cursor: Mapping[str, Any], skips: int) -> None:
+        """Start a checkpoint. Collective."""
+        engine, mesh = self._built.engine, self._groups.mesh
+        measured = {HELD_OUT: self._measured.held_out["all"]} if self._measured else {}
+        state = RunState(
+            optimizer_steps=engine.updates,
+            recipe=dump(self._recipe),
+            mesh={
+                "world": mesh.world,
+                "tensor": mesh.tensor,
+                "expert": mesh.expert,
+                "zero_stage": self._recipe.parallel.zero_stage,
+            },
+            registry_hash=self._built.registry.hash(),
+            cursor=cursor,
+            routers=routers.as_json(),
+            metrics={**self._counters, **measured},
+            skips=skips,
+        )
+        with self._meter.paused():
+            self._saver.save(step, engine.pieces(), state, {"tokenizer.json": self._tokenizer_file})
+
+    def close(self, seconds: float, skips: int) -> None:
+        """Wait for the last checkpoint, then draw the plots, write report.json and print its table. Collective.
+
+        CheckpointError: the last checkpoint could not be written.
+        """
+        self._saver.wait()
+        memory = max(self._groups.all_gather_object(peak_memory(self._groups.device)))
+        if not self._rank0:
+            return
+        for writer in (self._lines, self._ledger, self._progress, self._wandb):
+            writer.close()
+        if self._record is None:
+            return
+        draw_plots(self._lines.path, self._out / "plots", self._recipe.name)
+        report = self._summary(self._record, seconds, skips, memory / 2**30)
+        write_report(report, self._out)
+        rich.print(table(report))
+
+    def _summary(self, record: StepRecord, seconds: float, skips: int, memory_gib: float) -> Report:
+        """The report of the run as of its last logged step."""
+        count = parameter_counts(self._recipe.model)["all"]
+        return Report(
+            name=self._recipe.name,
+            steps=record.step,
+            tokens=record.tokens,
+            consumed=self._by_source(DOCUMENTS),
+            skipped_samples=self._by_source(UNUSABLE),
+            final_losses={**record.loss_by_source, "all": record.language_loss},
+            skipped_steps=skips,
+            expert_shares=record.expert_shares,
+            evaluation={"held_out": record.held_out, "matching": record.matching},
+            timings={
+                "total_seconds": seconds,
+                "tokens_per_second": record.rates.tokens_per_second,
+                "images_per_second": record.rates.images_per_second,
+                **record.rates.seconds,
+            },
+            parameters={"total": count.total, "active": count.active},
+            peak_memory_gib=memory_gib,
+        )
+
+    def _by_source(self, prefix: str) -> dict[str, int]:
+        """The counters that begin with `prefix`, without it."""
+        return {name.removeprefix(prefix): count for name, count in self._counters.items() if name.startswith(prefix)}
+
+
+def window(profile: ProfileWindow | None, step: int) -> AbstractContextManager[None]:
+    """The profiler's window around a step."""
+    return profile.step(step) if profile else nullcontext()

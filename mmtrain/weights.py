@@ -1,0 +1,90 @@
+"""Where a stage's weights start: muP's initial values, another checkpoint, or dense MLPs copied into experts.
+
+Everything here makes one tensor, or this rank's box of it, at a time.
+"""
+
+from pathlib import Path
+
+import torch
+
+from mmtrain.config.errors import ConfigError
+from mmtrain.config.load import load
+from mmtrain.config.schema import Recipe
+from mmtrain.model.upcycle import Experts, source_of, upcycled
+from mmtrain.model.vision import interpolate_positions
+from mmtrain.mup.init import initial, initial_expert
+from mmtrain.mup.registry import Registry, is_expert
+from mmtrain.parallel.box import Box
+from mmtrain.run.comm import Comm
+from mmtrain.run.reader import Reader, open_weights
+from mmtrain.run.saver import RECIPE
+from mmtrain.run.weights import plan_weights
+
+
+def stored_shapes(registry: Registry) -> dict[str, tuple[int, ...]]:
+    """Name -> global shape as a checkpoint holds it: without the rows that pad the vocabulary."""
+    return {name: (entry.role.rows or entry.shape[0], *entry.shape[1:]) for name, entry in registry.entries.items()}
+
+
+class Weights:
+    """Makes any box of any tensor of a recipe's model, in fp32 on the CPU; the same values in every layout.
+
+    `report` says, where there is an `init_from`, which tensors are loaded, upcycled, interpolated, fresh and unused.
+    """
+
+    def __init__(self, recipe: Recipe, registry: Registry, comm: Comm) -> None:
+        """ConfigError, CheckpointError: init_from does not fit."""
+        self._recipe, self._registry = recipe, registry
+        shapes = stored_shapes(registry)
+        self._source: Reader | None = None
+        self.report = ""
+        if recipe.init_from:
+            self._source = open_weights(Path(recipe.init_from), comm)
+            given = self._source.shapes()
+            origins = {name: source_of(name, given) for name in shapes}
+            named = {name: origin.name for name, origin in origins.items() if isinstance(origin, Experts)}
+            self._plan = plan_weights(shapes, given, named)
+            self._check_upcycle()
+            self.report = self._plan.report(shapes, given)
+
+    def _check_upcycle(self) -> None:
+        """Dense MLPs become experts in the parts that the recipe names, and nowhere else."""
+        parts = {name.partition(".")[0] for name in self._plan.upcycled}
+        if unnamed := sorted(part for part in parts if getattr(self._recipe.upcycle, part) is None):
+            raise ConfigError(
+                f"init_from {self._recipe.init_from} is dense where the recipe has experts in {', '.join(unnamed)}: "
+                f"name them to copy its MLPs into experts, e.g. upcycle.{unnamed[0]}.noise=0"
+            )
+
+    def make(self, name: str, box: Box) -> torch.Tensor:
+        """Values of `box` of tensor `name`."""
+        if self._source is not None:
+            if name in self._plan.loaded:
+                return self._source.read(self._plan.loaded[name], box=box).float()
+            if name in self._plan.upcycled:
+                return self._experts(name, box)
+            if name in self._plan.interpolated:
+                return self._positions(name)[box.slices()]
+        entry, seed = self._registry[name], self._recipe.seed
+        if is_expert(name):
+            shape, inner = entry.shape[1:], box.slices()[1:]
+            numbers = range(box.start[0], box.stop[0])
+            return torch.stack([initial_expert(name, entry, shape, expert, seed)[inner] for expert in numbers])
+        return initial(name, entry, entry.shape, seed)[box.slices()]
+
+    def _experts(self, name: str, box: Box) -> torch.Tensor:
+        """This rank's experts, each a copy of the dense tensor, cut along the other dimensions."""
+        dense = self._source.read(self._plan.upcycled[name]).float()
+        noise = getattr(self._recipe.upcycle, name.partition(".")[0]).noise
+        copies = (
+            upcycled(name, dense, expert, noise, self._recipe.seed)[box.slices()[1:]]
+            for expert in range(box.start[0], box.stop[0])
+        )
+        return torch.stack(list(copies))
+
+    def _positions(self, name: str) -> torch.Tensor:
+        """Positions of the source's grid on this model's grid."""
+        parent = load(self._source.folder / RECIPE).model.vision
+        vision = self._recipe.model.vision
+        old = self._source.read(self._plan.interpolated[name]).float()
+        return interpolate_positions(old, parent.grid(), vision.grid(), vision.class_token)
