@@ -2,7 +2,7 @@
 
     python launch/stages.py RECIPES... [key=value ...] [--ranks N | --launcher COMMAND]
 
-A stage that has done all its steps ends at once, so the chain goes on where it stopped. `key=value` holds for every stage.
+A stage that has done all its steps ends at once, so the chain goes on where it stopped. `key=value` holds for all.
 --ranks N        processes on this machine (default: one a GPU, else 1), started by deepspeed
 --launcher TEXT  anything else that starts the ranks of one stage, e.g. "srun python", "torchrun --nproc-per-node 8",
                  "deepspeed --hostfile hosts"
@@ -57,9 +57,7 @@ def check_chain(paths: Sequence[str], recipes: Sequence) -> None:
                 f"set init_from: {earlier.out}, or run the stages one by one with launch/train.py"
             )
         if later.out == earlier.out:
-            raise ConfigError(
-                f"{path}: out={later.out} is also the run folder of the stage before it; give each its own"
-            )
+            raise ConfigError(f"{path}: out={later.out} is also the folder of the stage before it; give each its own")
 
 
 def start(ranks: int, launcher: str) -> list[str]:

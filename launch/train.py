@@ -1,6 +1,6 @@
 """Train one stage.
 
-deepspeed launch/train.py RECIPE.yaml [key=value ...]        also: torchrun launch/train.py ..., srun python launch/train.py ...
+deepspeed launch/train.py RECIPE.yaml [key=value ...]        also by torchrun, or srun python
 python launch/train.py RECIPE.yaml [key=value ...]           one process
 python launch/train.py RECIPE.yaml --print                   the resolved recipe, and where each value comes from
 python launch/train.py RECIPE.yaml --check                   every check and one step of data, no training

@@ -180,7 +180,7 @@ def _run(args: argparse.Namespace, console: Console) -> None:
     if args.samples_per_shard < 1:
         raise DataError(f"--samples-per-shard {args.samples_per_shard}: must be at least 1")
     if args.train_tokenizer:
-        train([args.input], args.train_tokenizer, args.tokenizer)
+        train([args.input], args.train_tokenizer, args.tokenizer, args.chat_template)
     tokenizer = Tokenizer(args.tokenizer, args.chat_template)
     if args.format == "wds":
         indexes, problems = index_folder(args.input, tokenizer)
