@@ -33,7 +33,11 @@ def main() -> int:
             dist.run(harness.run_layout, world, folder, arguments.optimizers, parallel, arguments.steps)
             for name in arguments.optimizers:
                 found = harness.load_record(Path(folder) / f"{name}.pt")
-                print(compare.table(f"{world} ranks, ZeRO-{stage} x TP {tensor} x EP {expert}, {name}", found, wanted[name]))
+                print(
+                    compare.table(
+                        f"{world} ranks, ZeRO-{stage} x TP {tensor} x EP {expert}, {name}", found, wanted[name]
+                    )
+                )
                 largest = max(row.largest() for row in compare.compare(found, wanted[name]))
                 beyond += not largest <= compare.TOLERANCE
     return int(beyond > 0)

@@ -24,7 +24,7 @@ class Place:
 
 
 def discover(environment: Mapping[str, str] | None = None) -> Place:
-    """The place of this process, from torchrun or deepspeed, else srun, else alone. ConfigError where it is half said."""
+    """The place of this process: from torchrun or deepspeed, else srun, else alone. ConfigError: half of it is said."""
     env = os.environ if environment is None else environment
     if "RANK" in env or "WORLD_SIZE" in env:
         return _from_launcher(env)
@@ -82,7 +82,7 @@ def port_in_use(place: Place) -> ConfigError:
     remedy = {
         "none": "start again: a free port is chosen at every start",
         "srun": "set MASTER_PORT to another port in the job script",
-        "torchrun": "give the launcher another one, e.g. `deepspeed --master_port 29511` or `torchrun --master-port 29511`",
+        "torchrun": "choose another, e.g. `deepspeed --master_port 29511` or `torchrun --master-port 29511`",
     }[place.launcher]
     return ConfigError(
         f"port {place.port} on {place.address} is in use, by another job or by one that did not end: {remedy}"

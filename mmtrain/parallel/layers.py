@@ -73,7 +73,7 @@ class VocabularyEmbedding(tensor_parallel.VocabParallelEmbedding):
 
 
 class SharedGainNorm(RmsNorm):
-    """RMSNorm of heads that are split over the group: each rank's gradient of the gain is a part, so they are summed."""
+    """RMSNorm of heads that are split over the group: each rank has a part of the gain's gradient; they are summed."""
 
     def __init__(self, norm: RmsNorm, group: dist.ProcessGroup) -> None:
         torch.nn.Module.__init__(self)

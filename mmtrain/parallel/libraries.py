@@ -13,6 +13,7 @@ os.environ.setdefault("DS_LOG_LEVEL", "error")
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
+logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # "No CUDA runtime is found"
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     import deepspeed
@@ -24,4 +25,4 @@ logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
 # DeepSpeed calls collectives by names that newer PyTorch has renamed; it says so at every call.
 warnings.filterwarnings("ignore", "`torch.distributed.*` is deprecated", FutureWarning)
 
-__all__ = ["ModelParallelConfig", "MoE", "deepspeed", "parallel_state", "tensor_parallel"]
+__all__ = ["MoE", "ModelParallelConfig", "deepspeed", "parallel_state", "tensor_parallel"]

@@ -1,4 +1,4 @@
-"""How DeepSpeed learns that experts are spread over ranks: marked parameters, and one module of a type that it knows."""
+"""How DeepSpeed learns that experts are spread over ranks: marked parameters, and one module of a type it knows."""
 
 from typing import Any
 

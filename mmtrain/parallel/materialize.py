@@ -1,11 +1,14 @@
 """Gives a cut model on the meta device its values, one tensor at a time."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
 
 from mmtrain.parallel.box import Box
+from mmtrain.parallel.groups import Groups
+from mmtrain.parallel.libraries import deepspeed
 from mmtrain.parallel.tensor import Layout, parameters
 
 Make = Callable[[str, Box], torch.Tensor]
@@ -52,3 +55,25 @@ def _put(model: nn.Module, old: nn.Parameter, new: nn.Parameter) -> None:
         for child, parameter in module._parameters.items():
             if parameter is old:
                 module._parameters[child] = new
+
+
+class Partition:
+    """ZeRO-3: turns a filled parameter into this rank's share at once, so that the model is whole nowhere."""
+
+    def __init__(self, config: dict[str, Any], groups: Groups) -> None:
+        """config: DeepSpeed's."""
+        self._config, self._groups = config, groups
+        self._first: nn.Parameter | None = None
+
+    def __call__(self, parameter: nn.Parameter) -> None:
+        if self._first is not None:
+            self._first.convert_to_zero_parameters(param_list=[parameter])
+            return
+        self._first = parameter
+        deepspeed.zero.Init(
+            module=nn.ParameterList([parameter]),
+            data_parallel_group=self._groups.data,
+            config_dict_or_path=self._config,
+            dtype=torch.bfloat16 if "bf16" in self._config else torch.float32,
+            mpu=self._groups.mpu,
+        )

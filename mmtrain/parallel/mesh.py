@@ -30,9 +30,9 @@ class Mesh:
             below, above = self.world // step * step, (self.world // step + 1) * step
             fits = f"{below} or {above}" if below else f"{above}"
             raise ConfigError(
-                f"parallel: {self.world} processes cannot hold tensor = {self.tensor} and expert = {self.expert}: the "
-                f"world must be a multiple of {self.tensor} x {self.expert} = {step}. Start {fits} processes, or change "
-                f"parallel.tensor / parallel.expert"
+                f"parallel: {self.world} processes cannot hold tensor = {self.tensor} and expert = {self.expert}: "
+                f"their number must be a multiple of {self.tensor} x {self.expert} = {step}. Start {fits}, or "
+                "change parallel.tensor or parallel.expert"
             )
 
     @property

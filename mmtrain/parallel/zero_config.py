@@ -25,13 +25,13 @@ def check(parallel: Parallel) -> None:
         )
     if parallel.zero_stage == 3 and parallel.expert > 1:
         problems.append(
-            f"parallel.zero_stage = 3 with parallel.expert = {parallel.expert}: DeepSpeed refuses its own expert layers "
-            "there; use zero_stage 2, or expert 1 (stage 3 shards the experts anyway)"
+            f"parallel.zero_stage = 3 with parallel.expert = {parallel.expert}: DeepSpeed refuses its own expert "
+            "layers there; use zero_stage 2, or expert 1 (stage 3 shards the experts anyway)"
         )
     if parallel.zero_stage == 0 and parallel.precision == "bf16":
         problems.append(
-            "parallel.zero_stage = 0 with parallel.precision = bf16: DeepSpeed cannot sum bf16 gradients in fp32 there; "
-            "use zero_stage 1, which on one process costs nothing"
+            "parallel.zero_stage = 0 with parallel.precision = bf16: DeepSpeed cannot sum bf16 gradients in fp32 "
+            "there; use zero_stage 1, which on one process costs nothing"
         )
     if parallel.zero_stage == 0 and parallel.offload_optimizer:
         problems.append("parallel.zero_stage = 0 with parallel.offload_optimizer: offload needs zero_stage 1, 2 or 3")

@@ -2,7 +2,7 @@
 
 One class a ZeRO family, the same five methods. DeepSpeed is pinned; tests/parallel holds each field to its meaning.
 A `Shard` says which elements of a parameter this rank updates, and where in the optimizer's flat tensor they lie, so
-moments are read from the torch optimizer and DeepSpeed's own links (wrong beyond group 0 before 2 steps) are not needed.
+moments are read from the torch optimizer; DeepSpeed's own links to them miss all groups but the first.
 """
 
 from collections.abc import Iterator

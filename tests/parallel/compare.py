@@ -65,6 +65,32 @@ def reference_run(recipe: Recipe, steps: int, dtype: torch.dtype = torch.float64
     return record
 
 
+def _first_forward(recipe: Recipe, step: int):
+    """Parameters (leaves, float64), batch, scales and shares of a first step."""
+    _, registry = parts_of(recipe)
+    scales = forward_scales(recipe.model, base_model_config(recipe.model, recipe.mup.base), recipe.mup)
+    leaves = {name: start_values(registry, name).double().requires_grad_() for name in registry.entries}
+    batch, packs = whole_batch(recipe, step)
+    experts = {part: getattr(recipe.model, part).moe.num_experts for part in sparse(recipe)}
+    load = {part: torch.full((sparse(recipe)[part], count), 1.0 / count) for part, count in experts.items()}
+    shares = reference.Shares(load, tiny.valid_tokens(recipe.model, packs))
+    return leaves, batch, scales, shares, tiny.label_weight(packs)
+
+
+def reference_gradients(recipe: Recipe, step: int) -> dict[str, torch.Tensor]:
+    """Gradients of a first step at the initial values, by name."""
+    leaves, batch, scales, shares, weight = _first_forward(recipe, step)
+    reference.forward(leaves, recipe, scales, batch, shares, weight)[0].backward()
+    return {name: leaf.grad for name, leaf in leaves.items()}
+
+
+def reference_logits(recipe: Recipe, step: int) -> torch.Tensor:
+    """Logits [B * T, V] of a step's packs at the initial values."""
+    leaves, batch, scales, shares, _ = _first_forward(recipe, step)
+    with torch.no_grad():
+        return reference.logits(leaves, recipe, scales, batch, shares, reference.Routing()).flatten(0, 1)
+
+
 def distance(a: torch.Tensor, b: torch.Tensor) -> float:
     """||a - b|| / ||b||, over the rows that both have."""
     a, b = a.double(), b.double()[: a.shape[0]] if b.dim() and a.shape[0] != b.shape[0] else b.double()
@@ -91,6 +117,11 @@ class Row:
     def __str__(self) -> str:
         worst = "  ".join(f"{kind} {value:.1e} {name}" for kind, (value, name) in self.worst.items())
         return f"{self.step:4d}  loss {self.loss:.1e}  norm {self.norm:.1e}  part {self.part_norm:.1e}  {worst}"
+
+
+def tail(record: Record, first: int) -> Record:
+    """The record from step `first` (from 0) on."""
+    return Record(**{name: values[first:] for name, values in vars(record).items()})
 
 
 def compare(found: Record, wanted: Record) -> list[Row]:

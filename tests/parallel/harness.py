@@ -86,15 +86,21 @@ def own_packs(packs: list[tiny.Pack], groups: Groups) -> list[tiny.Pack]:
 
 
 def accumulate(
-    engine: Engine, recipe: Recipe, groups: Groups, packs: list[tiny.Pack], inputs: StepInputs, accumulation: int
+    engine: Engine,
+    recipe: Recipe,
+    groups: Groups,
+    packs: list[tiny.Pack],
+    inputs: StepInputs,
+    accumulation: int,
+    poison: float = 1.0,
 ) -> tuple[float, dict[str, torch.Tensor]]:
-    """Forward and backward of one step; the global loss and router counts."""
+    """Forward and backward of one step, this rank's loss times `poison`; the global loss and router counts."""
     batches = tiny.micro_batches(recipe.model, own_packs(packs, groups), accumulation)
     total = torch.zeros((), dtype=torch.float64)
     counts: dict[str, torch.Tensor] = {}
     for number, batch in enumerate(batches):
         losses: Losses = engine.forward(batch, inputs)
-        engine.backward(losses.total, last=number == len(batches) - 1)
+        engine.backward(losses.total * poison, last=number == len(batches) - 1)
         total += losses.total.detach().double()
         for part, value in losses.counts.items():
             counts[part] = counts.get(part, 0) + value
@@ -104,11 +110,22 @@ def accumulate(
     return float(total), counts
 
 
-def train(recipe: Recipe, groups: Groups, steps: int, accumulation: int = 2, engine: Engine | None = None) -> Record:
-    """`steps` steps; this rank's part of the state goes into the record as pieces do into a checkpoint."""
+def train(
+    recipe: Recipe,
+    groups: Groups,
+    steps: int,
+    accumulation: int = 2,
+    engine: Engine | None = None,
+    first: int = 0,
+    counts: dict[str, torch.Tensor] | None = None,
+) -> Record:
+    """Steps first .. steps - 1; after each one the whole state as a checkpoint would hold it.
+
+    counts: the router counts of step first - 1.
+    """
     engine = build(recipe, groups) if engine is None else engine
-    record, counts = Record(), None
-    for step in range(steps):
+    record = Record()
+    for step in range(first, steps):
         packs = tiny.packs(recipe.model, step)
         inputs = inputs_of(recipe, packs, counts)
         loss, counts = accumulate(engine, recipe, groups, packs, inputs, accumulation)

@@ -37,19 +37,25 @@ class Shares:
     valid: dict[str, float]
 
 
-def forward(params: Params, recipe: Recipe, scales: Scales, batch: dict[str, Tensor], shares: Shares, weight: float):
-    """(loss [], routing) of a batch of all packs and all images, valid ones only."""
-    model, routing = recipe.model, Routing()
+def logits(params: Params, recipe: Recipe, scales: Scales, batch: dict[str, Tensor], shares: Shares, routing: Routing):
+    """Logits [B, T, V] of a batch of all packs and all images, valid ones only."""
+    model = recipe.model
     features = vision(params, model, scales, batch["images"], routing, shares)
     tokens = connector(params, model, features, routing, shares)
     x = params["decoder.embedding.weight"][batch["tokens"]] * scales.embedding
-    x = x.clone().view(-1, x.shape[-1]).index_put((batch["slots"].flatten(),), tokens.flatten(0, 1)).view_as(x)
+    x = x.view(-1, x.shape[-1]).index_put((batch["slots"].flatten(),), tokens.flatten(0, 1)).view_as(x)
     x = decoder(params, model, scales, x, batch, routing, shares)
-    logits = (x * scales.output) @ params["decoder.head.weight"][: model.decoder.vocab_size].T
-    ce = F.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten(), reduction="none")
+    return (x * scales.output) @ params["decoder.head.weight"][: model.decoder.vocab_size].T
+
+
+def forward(params: Params, recipe: Recipe, scales: Scales, batch: dict[str, Tensor], shares: Shares, weight: float):
+    """(loss [], routing) of a batch of all packs and all images, valid ones only."""
+    routing = Routing()
+    scores = logits(params, recipe, scales, batch, shares, routing)
+    ce = F.cross_entropy(scores.flatten(0, 1), batch["labels"].flatten(), reduction="none")
     loss = (ce * batch["weights"].flatten()).sum() / weight
     for part in routing.balance:
-        moe: Moe = getattr(model, part).moe
+        moe: Moe = getattr(recipe.model, part).moe
         loss = loss + moe.balance_coef * torch.stack(routing.balance[part]).mean()
         loss = loss + moe.z_coef * torch.stack(routing.z[part]).mean()
     return loss, routing
@@ -82,7 +88,9 @@ def mlp(params: Params, name: str, x: Tensor, valid: Tensor, part: str, act: str
     """Dense or sparse feed-forward of [..., d]; valid marks the tokens that router losses see."""
     if f"{name}.router.weight" not in params:
         if act == "swiglu":
-            return affine(params, f"{name}.down", F.silu(affine(params, f"{name}.gate", x)) * affine(params, f"{name}.up", x))
+            return affine(
+                params, f"{name}.down", F.silu(affine(params, f"{name}.gate", x)) * affine(params, f"{name}.up", x)
+            )
         return affine(params, f"{name}.down", ACT[act](affine(params, f"{name}.up", x)))
     moe: Moe = getattr(model, part).moe
     rows, good = x.flatten(0, -2), valid.flatten()
@@ -177,7 +185,9 @@ def rotate(x: Tensor, positions: Tensor, theta: float) -> Tensor:
     return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
 
 
-def decoder(params: Params, model: Model, scales: Scales, x: Tensor, batch: dict[str, Tensor], routing, shares) -> Tensor:
+def decoder(
+    params: Params, model: Model, scales: Scales, x: Tensor, batch: dict[str, Tensor], routing, shares
+) -> Tensor:
     """[B, T, d] -> normed hidden states."""
     config, ids = model.decoder, batch["document_ids"]
     causal = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).tril()

@@ -1,0 +1,246 @@
+"""Each remedy, taken out: the numbers must then differ from plain PyTorch's, or the engine must refuse.
+
+The table in mmtrain/parallel/README.md says which trap each case belongs to. The ranks of a layout start once; a case
+replaces one remedy, takes one step, and puts it back.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from unittest import mock
+
+import pytest
+import torch
+
+from mmtrain.config.errors import ConfigError
+from mmtrain.config.schema import Parallel
+from mmtrain.model.experts import Experts, identity
+from mmtrain.parallel import collectives, engine, expert, groups, layers, marker, tensor
+from mmtrain.parallel.groups import Mpu, connect
+from tests import dist, tiny
+from tests.parallel import compare, harness
+
+BROKEN = 1e-4
+"""A difference that no rounding explains: ten times the rule's tolerance."""
+
+
+@contextlib.contextmanager
+def private_gains() -> Iterator[None]:
+    """11: the gains of q and k norms, used by this rank's heads alone."""
+    with mock.patch.object(tensor, "SharedGainNorm", lambda norm, group: norm):
+        yield
+
+
+@contextlib.contextmanager
+def split_inputs() -> Iterator[None]:
+    """11: no sum of gradients in front of attention and MLP."""
+    with mock.patch.object(tensor, "enter", lambda x, group: x):
+        yield
+
+
+@contextlib.contextmanager
+def summed_router_losses() -> Iterator[None]:
+    """11: the sum on the parameter instead of the tensor: the router losses' part is then counted once a rank."""
+    shard = tensor.shard
+
+    def wrong(model, groups_):
+        layout = shard(model, groups_)
+        for module in model.modules():
+            if type(module).__name__ == "Router":
+                module.register_forward_pre_hook(lambda m, args: (collectives.enter(args[0], groups_.tensor),))
+        return layout
+
+    with mock.patch.object(engine, "shard", wrong):
+        yield
+
+
+@contextlib.contextmanager
+def bias_on_every_rank() -> Iterator[None]:
+    """12: an expert's output bias added before the reduction."""
+
+    def forward(self, rows, counts):
+        reduce, self.reduce = self.reduce, identity
+        try:
+            return reduce(inner(self, rows, counts))
+        finally:
+            self.reduce = reduce
+
+    inner = Experts.forward
+    with mock.patch.object(Experts, "forward", forward):
+        yield
+
+
+@contextlib.contextmanager
+def replicas_counted_twice() -> Iterator[None]:
+    """2: a norm that takes replicated parameters from every tensor rank."""
+
+    def all_cut(self):
+        self._cut = set(self._part)
+        return counted(self)
+
+    counted = engine.Engine._part_norms
+    with mock.patch.object(engine.Engine, "_part_norms", all_cut):
+        yield
+
+
+@contextlib.contextmanager
+def logits_of_padding() -> Iterator[None]:
+    """13: rows that pad the vocabulary take part in the softmax."""
+    from mmtrain.parallel import head
+
+    with mock.patch.object(head, "_local_logits", lambda hidden, weight, start, size: (hidden @ weight.t()).float()):
+        yield
+
+
+@contextlib.contextmanager
+def unmarked_experts() -> Iterator[None]:
+    """2: experts of different ranks averaged as if they were replicas."""
+    with mock.patch.object(engine, "mark_experts", lambda *_: None), no_moe_groups():
+        yield
+
+
+@contextlib.contextmanager
+def no_moe_groups() -> Iterator[None]:
+    """The optimizer groups without DeepSpeed's keys for experts."""
+
+    class OneExpertRank:
+        def __init__(self, real):
+            self.__dict__.update(real.__dict__)
+            self.mesh = type("Mesh", (), {"expert": 1})()
+
+    initialize = engine._initialize
+    with mock.patch.object(
+        engine,
+        "_initialize",
+        lambda model, recipe, g, config, og: initialize(model, recipe, OneExpertRank(g), config, og),
+    ):
+        yield
+
+
+@contextlib.contextmanager
+def no_marker_module() -> Iterator[None]:
+    """3: marked parameters, but no instance of DeepSpeed's MoE."""
+
+    def unmark(model, optimizer_groups, groups_):
+        marker.mark_experts(model, optimizer_groups, groups_)
+        del model.expert_marker
+
+    with mock.patch.object(engine, "mark_experts", unmark):
+        yield
+
+
+@contextlib.contextmanager
+def unscaled_loss() -> Iterator[None]:
+    """10: DeepSpeed's average over data ranks not undone."""
+    backward = engine.Engine.backward
+
+    def wrong(self, total, last):
+        backward(self, total / self._groups.data_size, last)
+
+    with mock.patch.object(engine.Engine, "backward", wrong):
+        yield
+
+
+CASES: dict[str, tuple[Parallel, Callable]] = {
+    case.__name__: (parallel, case)
+    for parallel, cases in (
+        (
+            Parallel(zero_stage=1, tensor=2),
+            (
+                contextlib.nullcontext,
+                private_gains,
+                split_inputs,
+                summed_router_losses,
+                bias_on_every_rank,
+                replicas_counted_twice,
+                logits_of_padding,
+            ),
+        ),
+        (
+            Parallel(zero_stage=1, expert=2),
+            (unscaled_loss, unmarked_experts, no_marker_module),
+        ),
+    )
+    for case in cases
+}
+
+
+def run_cases(parallel: Parallel, names: list[str]) -> dict[str, harness.Record | str]:
+    """On a rank: one step of each case; its record, or the error that building it raised."""
+    found: dict[str, harness.Record | str] = {}
+    joined = connect(parallel)
+    for name in names:
+        with CASES[name][1]():
+            try:
+                found[name] = harness.train(tiny.recipe("adamw", parallel), joined, 1)
+            except (AssertionError, AttributeError, KeyError, RuntimeError, TypeError) as error:
+                found[name] = f"{type(error).__name__}: {error}"
+    joined.close()
+    return found
+
+
+@pytest.fixture(scope="module")
+def found() -> dict[str, harness.Record | str]:
+    """Records of rank 0 by case."""
+    records: dict[str, harness.Record | str] = {}
+    for parallel in {layout for layout, _ in CASES.values()}:
+        names = [name for name, (layout, _) in CASES.items() if layout == parallel]
+        records |= dist.run(run_cases, 2, parallel, names)[0]
+    return records
+
+
+@pytest.fixture(scope="module")
+def wanted() -> harness.Record:
+    return compare.reference_run(tiny.recipe(), 1)
+
+
+@pytest.mark.parametrize("case", [name for name in CASES if name != "nullcontext"])
+def test_without_its_remedy_the_numbers_are_wrong(case: str, found, wanted: harness.Record) -> None:
+    record = found[case]
+    if isinstance(record, harness.Record):
+        assert compare.compare(record, wanted)[0].largest() > BROKEN
+
+
+def test_with_all_remedies_they_are_right(found, wanted: harness.Record) -> None:
+    assert compare.compare(found["nullcontext"], wanted)[0].largest() <= compare.TOLERANCE
+
+
+def test_deepspeed_says_no_without_the_marker_module(found) -> None:
+    assert "expert data parallel group" in str(found["no_marker_module"])
+
+
+def test_the_mpu_has_every_name_and_not_the_one_that_switches_it_off() -> None:
+    named = {
+        f"get_{kind}_parallel_{what}"
+        for kind in ("model", "data", "tensor_model")
+        for what in ("rank", "world_size", "group")
+    }
+    assert named <= set(dir(Mpu))
+    assert not hasattr(Mpu, "initialize_sequence_parallel")
+
+
+def test_heads_that_do_not_divide_are_refused_with_both_numbers() -> None:
+    class FourTensorRanks:
+        mesh = groups.Mesh(4, 4)
+        rank = tensor_rank = 0
+        tensor = None
+
+    with torch.device("meta"):
+        model, _ = harness.parts_of(tiny.recipe())
+    del model.vision
+    with pytest.raises(ConfigError, match=r"tensor = 4 does not divide the 2 key/value heads of decoder.blocks.0"):
+        tensor._cut_attention(
+            model, "decoder.blocks.0.attention", model.decoder.blocks[0].attention, FourTensorRanks(), lambda *_: None
+        )
+
+
+def test_experts_that_do_not_divide_are_refused_with_both_numbers() -> None:
+    class ThreeExpertRanks:
+        mesh = groups.Mesh(3, 1, 3)
+
+    model, _ = harness.parts_of(tiny.recipe())
+    with pytest.raises(ConfigError, match=r"parallel.expert = 3 does not divide the 4 experts of vision.blocks.1.mlp"):
+        expert.spread(model, ThreeExpertRanks())
+
+
+def test_layers_of_a_tensor_rank_are_megatron_cores() -> None:
+    assert layers.ColumnLinear.__mro__[1].__module__.startswith("megatron.core")
