@@ -103,6 +103,7 @@ class SubsetSum:
         self._full = 1 << room
         self._mask = (1 << (room + 1)) - 1
         self._rows = [1] + [0] * slots
+        self._reach = 0  # panels of all items so far; rows beyond are empty
         self._items: list[tuple[int, int]] = []
         self._before: list[list[int]] = []  # rows before each item, to walk back from the best sum
         self.exact = room == 0
@@ -118,7 +119,8 @@ class SubsetSum:
         self._before.append(rows)
         self._items.append((tokens, panels))
         self._rows = grown = rows.copy()
-        for count in range(panels, len(rows)):
+        self._reach += panels
+        for count in range(panels, min(self._reach + 1, len(rows))):
             source = rows[count - panels]
             if source:
                 grown[count] |= (source << tokens) & self._mask

@@ -43,6 +43,8 @@ class Waiting(NamedTuple):
 
     ordinal: int
     """Its number in the source's order."""
+    drawn: Drawn
+    """What the order says about it."""
     part: int
     """Number of the stretch."""
     tokens: int
@@ -123,13 +125,13 @@ class Stream:
                 continue
             if drawn.tokens <= self._tokens and drawn.panels <= self._images:
                 self._ordinal += 1
-                return Waiting(ordinal, 0, drawn.tokens, drawn.panels, packs, None)
+                return Waiting(ordinal, drawn, 0, drawn.tokens, drawn.panels, packs, None)
             part = self._part
             cuts = self._cuts_of(ordinal, drawn)
             self._part += 1
             if self._part == len(cuts):
                 self._ordinal, self._part = ordinal + 1, 0
-            return Waiting(ordinal, part, cuts[part].tokens, cuts[part].panels, packs, cuts[part])
+            return Waiting(ordinal, drawn, part, cuts[part].tokens, cuts[part].panels, packs, cuts[part])
         raise DataError(f"data.sources.{self.order.name}: none of its {self.order.samples} samples is usable")
 
     def _cuts_of(self, ordinal: int, drawn: Drawn) -> list[Cut]:
@@ -141,7 +143,7 @@ class Stream:
 
     def planned(self, document: Waiting) -> Planned:
         """The record that leaves the planner."""
-        drawn = self.order[document.ordinal]
+        drawn = document.drawn
         path, entry = self.order.shard_path(drawn.shard), self.order.entry(drawn)
         return Planned(self.number, path, entry, document.cut, document.tokens, document.panels)
 
@@ -174,5 +176,5 @@ class Stream:
             whole = drawn.tokens <= self._tokens and drawn.panels <= self._images
             cut = None if whole else self._cuts_of(ordinal, drawn)[part]
             tokens, panels = (drawn.tokens, drawn.panels) if cut is None else (cut.tokens, cut.panels)
-            self.waiting.append(Waiting(ordinal, part, tokens, panels, entered, cut))
+            self.waiting.append(Waiting(ordinal, drawn, part, tokens, panels, entered, cut))
             self._volume += self._size(self.waiting[-1])
