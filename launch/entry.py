@@ -1,5 +1,6 @@
 """What all entry points share: quiet libraries, one line for a person's mistake, an exit code for the machine."""
 
+import argparse
 import logging
 import os
 import sys
@@ -47,6 +48,13 @@ def fail(message: str) -> None:
     sys.stdout.flush()
     print(f"error: {message}", file=sys.stderr, flush=True)
     os._exit(EXIT_USER_ERROR)  # threads and process groups of a run that never began must not hold the exit
+
+
+def positive(text: str) -> int:
+    """argparse type: a number of at least 1."""
+    if (value := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{value} is less than 1")
+    return value
 
 
 def _rank() -> int:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # launchers start this file from anywhere
 
-from launch.entry import run, setup
+from launch.entry import positive, run, setup
 
 if TYPE_CHECKING:
     from mmtrain.evaluate.tasks import Outcome
@@ -43,13 +43,6 @@ def main() -> int:
     parser.add_argument("--blank-images", action="store_true", help="replace every picture by a grey one")
     parser.add_argument("--tensor", type=positive, default=1, help="processes that share the model")
     return evaluate(parser.parse_args(without_launcher_flags(sys.argv[1:])))
-
-
-def positive(text: str) -> int:
-    """A number of at least 1."""
-    if (value := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"{value} is less than 1")
-    return value
 
 
 def evaluate(arguments: argparse.Namespace) -> int:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # launchers start this file from anywhere
 
-from launch.entry import run, setup
+from launch.entry import positive, run, setup
 
 
 def main() -> int:
@@ -22,11 +22,9 @@ def main() -> int:
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("--image", help="picture to look at (PNG, JPEG or WebP)")
     parser.add_argument("--prompt", required=True, help="the question")
-    parser.add_argument("--max-new-tokens", type=int, default=64, help="tokens of the answer at most")
-    parser.add_argument("--tensor", type=int, default=1, help="processes that share the model")
+    parser.add_argument("--max-new-tokens", type=positive, default=64, help="tokens of the answer at most")
+    parser.add_argument("--tensor", type=positive, default=1, help="processes that share the model")
     arguments = parser.parse_args(without_launcher_flags(sys.argv[1:]))
-    if arguments.max_new_tokens < 1:
-        parser.error(f"--max-new-tokens: {arguments.max_new_tokens} is less than 1")
 
     from mmtrain.evaluate.prompts import Prompter
     from mmtrain.evaluate.tasks import Evaluator

@@ -45,9 +45,8 @@ class Matching:
     def _prompts_of_a_micro_batch(self) -> int:
         """Prompts that need no more tokens and images than a training micro-batch."""
         data = self.prompter.recipe.data
-        encode = self.prompter.tokenizer.encode_batch
-        around = self.prompter.question("", None)
-        longest = max(map(len, encode(self.questions))) + sum(len(part.token_ids) for part in around.parts)
+        prompts = (self.prompter.question(question, None) for question in self.questions)
+        longest = max(sum(len(part.token_ids) for part in prompt.parts) for prompt in prompts)
         tokens = data.micro_batch * data.sequence_length // (longest + self.prompter.image_tokens)
         return max(1, min(tokens, data.micro_batch * data.max_images // (1 + data.sub_images)))
 
@@ -65,7 +64,7 @@ class Matching:
                 for item in mine or self._order[:1]
             ]
             batch = self.prompter.batch(documents)
-            logits = forward(batch, last_positions(documents, batch)).double()
+            logits = forward(batch, last_positions(batch)).double()
             if out is None:
                 out = torch.zeros(len(self._order), dtype=torch.float64, device=logits.device)
             difference = logits[:, self._answers[0]] - logits[:, self._answers[1]]

@@ -61,5 +61,5 @@ def binary_metrics(labels: Sequence[bool], scores: Sequence[float]) -> dict[str,
     }
     if len(set(labels)) == 2 and all(map(math.isfinite, scores)):
         out["auroc"] = roc_auc_score(labels, scores)
-    out |= {"true_labels": sum(labels) / len(labels), "true_answers": sum(called) / len(called), "count": len(labels)}
-    return {name: float(value) for name, value in out.items() if math.isfinite(value)}
+    out |= {"true_labels": sum(labels) / len(labels), "true_answers": sum(called) / len(called)}
+    return {name: float(value) for name, value in out.items() if math.isfinite(value)} | {"count": len(labels)}

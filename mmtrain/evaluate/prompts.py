@@ -102,11 +102,11 @@ def share_images(batch: Batch) -> Batch:
     )
 
 
-def last_positions(documents: Sequence[Document], batch: Batch) -> torch.Tensor:
-    """[B] flat index of each row's last token: where the answer's first token is predicted."""
-    width = batch.tokens.shape[1]
-    lengths = (batch.document_ids >= 0).sum(1)
-    return torch.arange(len(documents)) * width + lengths - 1
+def last_positions(batch: Batch) -> torch.Tensor:
+    """[B] flat index of each row's last token, whichever side is padded: where the answer's first is predicted."""
+    rows, width = batch.tokens.shape
+    place = torch.where(batch.document_ids >= 0, torch.arange(width), 0)
+    return torch.arange(rows) * width + place.amax(1)
 
 
 def neighbours(count: int, image: Callable[[int], Hashable], length: Callable[[int], int]) -> list[int]:
