@@ -101,7 +101,9 @@ def splice(embeddings: torch.Tensor, scale: float, image_tokens: torch.Tensor, b
     _check_slots(is_image, image_tokens.shape[1], batch)
     keep = torch.where(is_image, 0.0, scale).to(embeddings.dtype)
     mixed = embeddings * keep.unsqueeze(-1)
-    image_tokens = image_tokens.repeat(1, batch.image_slots.shape[1] // image_tokens.shape[1], 1)
+    places = batch.image_slots.shape[1] // image_tokens.shape[1]
+    if places > 1:
+        image_tokens = image_tokens.repeat(1, places, 1)
     placed = (batch.image_slots >= 0) & batch.image_valid.unsqueeze(1)
     image_tokens = image_tokens * placed.to(image_tokens.dtype).unsqueeze(-1)
     slots = batch.image_slots.clamp(min=0).flatten()

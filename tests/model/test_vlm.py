@@ -166,6 +166,19 @@ def test_images_matter_and_land_in_their_own_document() -> None:
     assert torch.equal(changed, own)
 
 
+def test_an_image_in_several_places_is_that_many_equal_images() -> None:
+    net, batch = built(DENSE), micro(DENSE, [[("it", 1)], [("t", 2), ("it", 3)], [("it", 4)]], 10)
+    inputs, at = first_inputs(DENSE), torch.arange(30)
+    batch.images[2] = batch.images[0]
+    want = net(batch, inputs, logits_at=at)
+    absent = torch.full_like(batch.image_slots[1], -1)
+    batch.image_slots = torch.stack(
+        (torch.cat((batch.image_slots[0], batch.image_slots[2])), torch.cat((absent, batch.image_slots[1])))
+    )
+    batch.images, batch.image_valid = batch.images[:2], batch.image_valid[:2]
+    torch.testing.assert_close(net(batch, inputs, logits_at=at), want)
+
+
 def test_the_embedding_factor_is_for_tokens_and_not_for_images() -> None:
     scales = Scales(embedding=3.0)
     plain, scaled = built(DENSE), fill(VisionLanguageModel(DENSE, scales))
