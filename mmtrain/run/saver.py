@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 import torch
 
 from mmtrain.config.errors import CheckpointError
-from mmtrain.parallel.box import Piece
+from mmtrain.parallel.box import Box, Piece
 from mmtrain.run import manifest, retain
 from mmtrain.run.comm import Comm
 from mmtrain.run.entries import Entry, check_cover
@@ -36,6 +36,7 @@ log = logging.getLogger("mmtrain.run")
 
 RECIPE = "recipe.yaml"
 _POLL = 0.02  # seconds between two looks for votes
+_SHARD_BYTES = 1 << 30
 _GRACE = 30.0  # seconds to wait for votes once the training thread has ended: the other ranks may be gone
 
 
@@ -157,21 +158,11 @@ class Saver:
     def _commit(self, job: _Job) -> None:
         """Rank 0: from the votes of all ranks to one rename."""
         votes = self._await_votes(job.tmp)
-        tensors = check_cover(Entry.from_json(value) for vote in votes for value in vote["entries"])
+        entries = [Entry.from_json(value) for vote in votes for value in vote["entries"]]
         files = {shard_name(rank): FileRecord(vote["size"], vote["sha256"]) for rank, vote in enumerate(votes)}
-        for name, content in {RECIPE: job.state.recipe.encode(), **job.files}.items():
-            files[name] = write_file(job.tmp / name, content)
         for rank in range(self.comm.world):
             _vote_path(job.tmp, rank).unlink()
-        write_file(job.tmp / manifest.NAME, manifest.encode(Manifest(job.step, job.state, files, tensors)))
-        if strange := {path.name for path in job.tmp.iterdir()} - files.keys() - {manifest.NAME}:
-            raise CheckpointError(f"{shortened(sorted(strange))} appeared in the folder: does another job write there?")
-        sync_folder(job.tmp)
-        folder = retain.step_folder(self.run_dir, job.step)
-        if folder.exists():  # a damaged one: the run went on from an older checkpoint and came by again
-            retain.remove(folder)
-        job.tmp.rename(folder)
-        sync_folder(self.run_dir)
+        seal(job.tmp, job.step, entries, files, job.state, job.files)
         try:
             retain.remove_surplus(self.run_dir, job.step, *self._keep)
         except OSError as error:
@@ -205,6 +196,69 @@ class Saver:
         with contextlib.suppress(OSError):  # without room even for the vote, rank 0 runs into its time limit
             (job.tmp / shard_name(self.comm.rank)).unlink(missing_ok=True)
             _vote(job.tmp, self.comm.rank, {"error": str(error)})
+
+
+def seal(
+    tmp: Path,
+    step: int,
+    entries: Iterable[Entry],
+    shards: Mapping[str, FileRecord],
+    state: RunState,
+    files: Mapping[str, bytes],
+) -> Path:
+    """Make a folder whose shards are on disk a checkpoint: other files, manifest, one rename. Returns its new path.
+
+    CheckpointError: the entries do not tile every tensor, or somebody else's file lies there.
+    """
+    tensors = check_cover(entries)
+    records = dict(shards)
+    for name, content in {RECIPE: state.recipe.encode(), **files}.items():
+        records[name] = write_file(tmp / name, content)
+    write_file(tmp / manifest.NAME, manifest.encode(Manifest(step, state, records, tensors)))
+    if strange := {path.name for path in tmp.iterdir()} - records.keys() - {manifest.NAME}:
+        raise CheckpointError(f"{shortened(sorted(strange))} appeared in the folder: does another job write there?")
+    sync_folder(tmp)
+    folder = retain.step_folder(tmp.parent, step)
+    if folder.exists():  # a damaged one: the run went on from an older checkpoint and came by again
+        retain.remove(folder)
+    tmp.rename(folder)
+    sync_folder(tmp.parent)
+    return folder
+
+
+def write_whole(
+    run_dir: Path, step: int, tensors: Iterable[tuple[str, torch.Tensor]], state: RunState, files: Mapping[str, bytes]
+) -> Path:
+    """Write weights that come one by one, from one process, as a checkpoint: for tools that convert.
+
+    Never holds more than _SHARD_BYTES of them and one tensor. CheckpointError: the step exists already.
+    """
+    folder = retain.step_folder(run_dir, step)
+    if folder.exists():
+        raise CheckpointError(f"{folder} exists already; choose another --out, or remove it")
+    tmp = folder.with_suffix(".tmp")
+    if tmp.exists():
+        shutil.rmtree(tmp)
+    tmp.mkdir(parents=True)
+    entries: list[Entry] = []
+    shards: dict[str, FileRecord] = {}
+    held: list[tuple[Entry, torch.Tensor]] = []
+
+    def flush() -> None:
+        name = shard_name(len(shards))
+        shards[name] = write_shard(tmp / name, held)
+        entries.extend(entry for entry, _ in held)
+        held.clear()
+
+    for name, tensor in tensors:
+        shape = tuple(tensor.shape)
+        piece = Piece(name, "param", shape, Box.whole(shape), (0, tensor.numel()), tensor.contiguous().view(-1))
+        held.append((Entry.of(piece), piece.tensor))
+        if sum(values.numel() * values.element_size() for _, values in held) >= _SHARD_BYTES:
+            flush()
+    if held:
+        flush()
+    return seal(tmp, step, entries, shards, state, files)
 
 
 def _vote_path(tmp: Path, rank: int) -> Path:
