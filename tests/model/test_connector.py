@@ -91,6 +91,25 @@ def test_a_bottleneck_is_timms_in_convolutions(d_in: int) -> None:
     torch.testing.assert_close(block(x), want, rtol=1e-4, atol=1e-5)
 
 
+def test_c_abstractor_is_its_stages_around_a_pooling() -> None:
+    model = with_kind("c_abstractor", depth=2)
+    connector, x = fill(build_connector(model)), features(model)
+    y = (x + connector.positions).view(3, 4, 3, -1)
+    y = average_cells(connector.stage1[1](connector.stage1[0](y)), 2)
+    y = connector.stage2[1](connector.stage2[0](y)).view(3, 4, -1)
+    torch.testing.assert_close(connector(x, torch.ones(3, dtype=torch.bool), None)[0], connector.mlp(y))
+
+
+def test_attention_pool_adds_what_its_queries_read() -> None:
+    model = with_kind("attention_pool")
+    connector, x = fill(build_connector(model, attention_scale=0.2)), features(model)
+    assert connector.attention.scale == 0.2
+    queries = connector.queries.expand(3, -1, -1)
+    read = connector.attention(connector.query_norm(queries), memory=connector.feature_norm(x))
+    want = connector.mlp(connector.final_norm(queries + read))
+    torch.testing.assert_close(connector(x, torch.ones(3, dtype=torch.bool), None)[0], want)
+
+
 def test_c_abstractor_has_honeybees_parameter_count() -> None:
     """16 x 16 patches of width 1024 to 144 tokens of width 4096; the sum is worked out by hand, layer by layer."""
     model = Model(Vision(), Connector(kind="c_abstractor", num_tokens=144, hidden_size=1024, depth=3), Decoder())

@@ -62,6 +62,17 @@ def test_losses_add_up(model: Model) -> None:
         assert (counts.sum(1) == 2 * inputs.routers[part].valid_total).all()
 
 
+def test_every_sparse_layer_gets_its_own_router_state() -> None:
+    model = sparse(DENSE, *ALL_PARTS, moe=replace(SPARSE, balance="bias"))
+    batch = micro(model, PACKS, LENGTH)
+    inputs = step_inputs(model, batch)
+    for router in inputs.routers.values():
+        for layer in range(router.bias.shape[0]):
+            router.bias[layer, layer] = -1e4  # layer l never chooses expert l
+    for counts in built(model)(batch, inputs).counts.values():
+        assert torch.equal((counts == 0).nonzero(), torch.arange(len(counts)).unsqueeze(1).expand(-1, 2))
+
+
 def test_only_the_total_carries_a_graph() -> None:
     net, batch = built(SPARSE_MODEL), micro(SPARSE_MODEL, PACKS, LENGTH)
     total, *others = net(batch, step_inputs(SPARSE_MODEL, batch))
