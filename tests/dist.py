@@ -21,7 +21,7 @@ class RankError(AssertionError):
 
 
 def run(
-    function: Callable[..., Any], world: int, *arguments: Any, limit: float = 120.0, env: dict[str, str] | None = None
+    function: Callable[..., Any], world: int, *arguments: Any, limit: float = 240.0, env: dict[str, str] | None = None
 ) -> list[Any]:
     """function(*arguments) in `world` processes; their return values by rank.
 

@@ -1,7 +1,6 @@
 """What every layout must do besides equal numbers. Each check runs on the ranks and returns what the test asserts."""
 
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 
@@ -12,10 +11,9 @@ from mmtrain.parallel.engine import Engine
 from mmtrain.parallel.groups import Groups, connect
 from tests import tiny
 from tests.parallel import harness
-from tests.parallel.harness import Record
+from tests.parallel.harness import Pieces, Record, State
 
 HALF = 3
-State = dict[tuple[str, str], torch.Tensor]
 
 
 def everything(folder: str, parallel: Parallel, steps: int, wanted: str) -> dict[str, object]:
@@ -23,18 +21,17 @@ def everything(folder: str, parallel: Parallel, steps: int, wanted: str) -> dict
     groups = connect(parallel)
     recipe = tiny.recipe("adamw", parallel)
     records = {name: harness.train(tiny.recipe(name, parallel), groups, steps) for name in ("sgd", "adamw")}
-    if groups.rank == 0:
-        for name, record in records.items():
-            torch.save(vars(record), Path(folder) / f"{name}.pt")
     found = {
         "discard": discard(recipe, groups, records["adamw"]),
-        "resume": resume(recipe, groups, records["adamw"], steps),
+        "resume": resume(recipe, groups, records["adamw"]),
         "evaluate": evaluate(recipe, groups),
         "frozen": frozen(recipe, groups),
     }
-    resumed = continue_from(recipe, groups, harness.load_record(Path(wanted)), steps)
-    if groups.rank == 0:
-        torch.save(vars(resumed), Path(folder) / "resumed.pt")
+    reference = Record(**torch.load(wanted, weights_only=False))
+    start = reference.state[HALF - 1]
+    records["resumed"] = continue_from(recipe, groups, start, reference.counts[HALF - 1], HALF + 2)
+    for name, record in records.items():
+        harness.save_record(record, folder, name, groups.rank)
     groups.close()
     return found
 
@@ -50,10 +47,10 @@ def factor(recipe: Recipe, step: int) -> float:
     return lr_factor(step + 1, recipe.optim, recipe.steps)
 
 
-def same(a: State, b: State) -> list[str]:
-    """Names of tensors that are not equal to the bit."""
+def same(a: Pieces, b: Pieces) -> list[str]:
+    """Names of pieces that are not equal to the bit."""
     return sorted(f"{kind} {name}" for kind, name in a.keys() ^ b.keys()) + [
-        f"{kind} {name}" for (kind, name), value in a.items() if (kind, name) in b and not value.equal(b[kind, name])
+        " ".join(key) for key in a.keys() & b.keys() if not a[key].values.equal(b[key].values)
     ]
 
 
@@ -68,14 +65,14 @@ def discard(recipe: Recipe, groups: Groups, record: Record) -> dict[str, object]
     for step in range(2):
         _, counts = one_step(engine, recipe, groups, step, counts)
         engine.step(factor(recipe, step))
-    before, lr = harness.gather(engine, groups), rates(engine)
+    before, lr = harness.snapshot(engine), rates(engine)
     one_step(engine, recipe, groups, 2, counts)
     engine.norms()
     engine.discard()
-    dropped = same(before, harness.gather(engine, groups))
+    dropped = same(before, harness.snapshot(engine))
     one_step(engine, recipe, groups, 2, counts, poison=float("nan") if groups.rank == 0 else 1.0)
     update = engine.step(0.123)
-    poisoned = same(before, harness.gather(engine, groups))
+    poisoned = same(before, harness.snapshot(engine))
     untouched = lr == rates(engine) and engine.updates == 2
     _, counts = one_step(engine, recipe, groups, 2, counts)
     engine.step(factor(recipe, 2))
@@ -84,7 +81,7 @@ def discard(recipe: Recipe, groups: Groups, record: Record) -> dict[str, object]
         "poisoned": poisoned,
         "applied": update.applied,
         "untouched": untouched,
-        "went on": same(record.state[2], harness.gather(engine, groups)),
+        "went on": same(record.state[2], harness.snapshot(engine)),
     }
 
 
@@ -97,19 +94,20 @@ def reader(state: State):
     return read
 
 
-def resume(recipe: Recipe, groups: Groups, record: Record, steps: int) -> list[str]:
-    """A new engine that loads this layout's own state after HALF steps ends where the first one did, to the bit."""
-    last = continue_from(recipe, groups, record, steps)
-    return same(record.state[-1], last.state[-1])
+def resume(recipe: Recipe, groups: Groups, record: Record) -> list[str]:
+    """A new engine that loads this layout's own state after HALF steps makes the next step to the bit."""
+    start = harness.assemble(groups.all_gather_object(record.state[HALF - 1]))
+    again = continue_from(recipe, groups, start, record.counts[HALF - 1], HALF + 1)
+    return same(record.state[HALF], again.state[0])
 
 
-def continue_from(recipe: Recipe, groups: Groups, record: Record, steps: int) -> Record:
-    """Steps HALF .. steps from the state of any record, through Engine.load into an engine that has other values."""
+def continue_from(recipe: Recipe, groups: Groups, start: State, counts: dict[str, torch.Tensor], steps: int) -> Record:
+    """Steps HALF .. steps - 1 after Engine.load into an engine that stands elsewhere."""
     engine = harness.build(recipe, groups)
-    _, counts = one_step(engine, recipe, groups, 5, None)
+    one_step(engine, recipe, groups, 5, None)
     engine.step(1.0)
-    engine.load(reader(record.state[HALF - 1]), HALF)
-    counts = {part: value.float() for part, value in record.counts[HALF - 1].items()}
+    engine.load(reader(start), HALF)
+    counts = {part: value.float() for part, value in counts.items()}
     return harness.train(recipe, groups, steps, engine=engine, first=HALF, counts=counts)
 
 
@@ -135,18 +133,32 @@ def frozen(recipe: Recipe, groups: Groups) -> dict[str, object]:
     """Only the connector learns: all else keeps its bits, is saved, and comes back by load."""
     recipe = replace(recipe, trainable=["connector.*"])
     engine = harness.build(recipe, groups)
-    before = harness.gather(engine, groups)
-    counts = None
-    for step in range(2):
-        _, counts = one_step(engine, recipe, groups, step, counts)
-        update = engine.step(1.0)
-    after = harness.gather(engine, groups)
-    moved = [name for kind, name in before if kind == "param" and not before[kind, name].equal(after[kind, name])]
-    other = {key: value + 1 for key, value in after.items()}
-    engine.load(reader(other), 2)
+    before = harness.snapshot(engine)
+    loss, counts = one_step(engine, recipe, groups, 0, None)
+    update = engine.step(1.0)
+    one_step(engine, recipe, groups, 1, counts)
+    engine.step(1.0)
+    whole = harness.gather(engine, groups)
+    moved = [name for kind, name in before if kind == "param" and has_moved(before, harness.snapshot(engine), name)]
+    engine.load(reader({key: value + 1 for key, value in whole.items()}), 2)
+    shifted = harness.gather(engine, groups)
+    other, _ = one_step(engine, recipe, groups, 0, None)
+    engine.discard()
+    engine.load(reader(harness.assemble(groups.all_gather_object(before)) | moments(whole)), 2)
     return {
         "moved": moved,
-        "names": sorted(name for kind, name in after if kind == "param"),
+        "names": sorted(name for kind, name in whole if kind == "param"),
         "parts": sorted(update.part_norms),
-        "loaded": same(other, harness.gather(engine, groups)),
+        "loaded": [" ".join(key) for key, value in whole.items() if not shifted[key].equal(value + 1)],
+        "losses": (loss, other, one_step(engine, recipe, groups, 0, None)[0]),
     }
+
+
+def has_moved(a: Pieces, b: Pieces, name: str) -> bool:
+    """Whether parameter `name` has moved."""
+    return not a["param", name].values.equal(b["param", name].values)
+
+
+def moments(state: State) -> State:
+    """The moments of a state."""
+    return {key: value for key, value in state.items() if key[0] != "param"}

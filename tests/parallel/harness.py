@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -23,15 +23,30 @@ from tests import tiny
 SEED = 3
 
 
+State = dict[tuple[str, str], torch.Tensor]
+
+
+class Stored(NamedTuple):
+    """A piece's place and values."""
+
+    shape: tuple[int, ...]
+    box: Box
+    flat: tuple[int, int]
+    values: torch.Tensor
+
+
+Pieces = dict[tuple[str, str], Stored]
+
+
 @dataclass
 class Record:
-    """What one layout did: per step, and by global name after each step."""
+    """What one layout did: per step, and the state after each step: of one rank as pieces, of all ranks as tensors."""
 
     losses: list[float] = field(default_factory=list)
     norms: list[float] = field(default_factory=list)
     part_norms: list[dict[str, float]] = field(default_factory=list)
     counts: list[dict[str, torch.Tensor]] = field(default_factory=list)
-    state: list[dict[tuple[str, str], torch.Tensor]] = field(default_factory=list)
+    state: list[Any] = field(default_factory=list)
     margins: list[float] = field(default_factory=list)
 
 
@@ -119,7 +134,7 @@ def train(
     first: int = 0,
     counts: dict[str, torch.Tensor] | None = None,
 ) -> Record:
-    """Steps first .. steps - 1; after each one the whole state as a checkpoint would hold it.
+    """Steps first .. steps - 1; after each one this rank's pieces, as a checkpoint gets them.
 
     counts: the router counts of step first - 1.
     """
@@ -135,29 +150,40 @@ def train(
         record.norms.append(update.grad_norm)
         record.part_norms.append(update.part_norms)
         record.counts.append(counts)
-        record.state.append(gather(engine, groups))
+        record.state.append(snapshot(engine))
     return record
 
 
-def gather(engine: Engine, groups: Groups) -> dict[tuple[str, str], torch.Tensor]:
+def snapshot(engine: Engine) -> Pieces:
+    """This rank's pieces, copied."""
+    return {
+        (piece.kind, piece.name): Stored(piece.global_shape, piece.box, piece.flat, piece.tensor.detach().cpu().clone())
+        for piece in engine.pieces()
+    }
+
+
+def assemble(ranks: list[Pieces]) -> State:
     """(kind, name) -> the whole tensor, from the pieces of all ranks; each element must come exactly once."""
-    mine = [(p.kind, p.name, p.global_shape, p.box, p.flat, p.tensor.detach().cpu().clone()) for p in engine.pieces()]
-    whole: dict[tuple[str, str], torch.Tensor] = {}
-    seen: dict[tuple[str, str], torch.Tensor] = {}
-    for kind, name, shape, box, flat, values in (piece for rank in groups.all_gather_object(mine) for piece in rank):
-        key = (kind, name)
-        target = whole.setdefault(key, torch.full(shape, torch.nan))
-        count = seen.setdefault(key, torch.zeros(shape, dtype=torch.int8))
-        for into, flat_values in ((target, values), (count, torch.ones(flat[1] - flat[0], dtype=torch.int8))):
-            block = into[box.slices()].clone().view(-1)
-            if into is count:
-                block[flat[0] : flat[1]] += flat_values
-            else:
-                block[flat[0] : flat[1]] = flat_values
-            into[box.slices()] = block.view(box.shape)
-    wrong = [key for key, count in seen.items() if not bool((count == 1).all())]
-    assert not wrong, f"elements written not exactly once: {wrong}"
+    whole: State = {}
+    filled: dict[tuple[str, str], int] = {}
+    for pieces in ranks:
+        for key, stored in pieces.items():
+            target = whole.get(key)
+            if target is None:
+                target = whole[key] = torch.full(stored.shape, torch.nan)
+            block = target[stored.box.slices()].reshape(-1)
+            assert block[stored.flat[0] : stored.flat[1]].isnan().all(), f"{key} has elements that two ranks write"
+            block[stored.flat[0] : stored.flat[1]] = stored.values
+            target[stored.box.slices()] = block.view(stored.box.shape)
+            filled[key] = filled.get(key, 0) + stored.values.numel()
+    missing = [key for key, value in whole.items() if filled[key] != value.numel()]
+    assert not missing, f"no rank writes some elements of {missing}"
     return whole
+
+
+def gather(engine: Engine, groups: Groups) -> State:
+    """The whole state, on every rank."""
+    return assemble(groups.all_gather_object(snapshot(engine)))
 
 
 def layout_of(stage: int, tensor: int, expert: int, precision: str = "fp32") -> Parallel:
@@ -166,19 +192,24 @@ def layout_of(stage: int, tensor: int, expert: int, precision: str = "fp32") -> 
 
 
 def run_layout(folder: str, optimizers: list[str], parallel: Parallel, steps: int) -> None:
-    """On a rank: train with each optimizer, rank 0 writes the records to `folder`."""
+    """On a rank: train with each optimizer and write the record to `folder`."""
     groups = connect(parallel)
     for optimizer in optimizers:
-        record = train(tiny.recipe(optimizer, parallel), groups, steps)
-        if groups.rank == 0:
-            torch.save(vars(record), Path(folder) / f"{optimizer}.pt")
+        save_record(train(tiny.recipe(optimizer, parallel), groups, steps), folder, optimizer, groups.rank)
     groups.close()
 
 
-def load_record(path: Path) -> Record:
-    """A record that `run_layout` wrote."""
-    values: dict[str, Any] = torch.load(path, weights_only=False)
-    return Record(**values)
+def save_record(record: Record, folder: str, name: str, rank: int) -> None:
+    """Write one rank's record."""
+    torch.save(vars(record), Path(folder) / f"{name}.{rank}.pt")
+
+
+def load_record(folder: Path, name: str) -> Record:
+    """The record of all ranks: numbers of rank 0, states assembled."""
+    ranks = [Record(**torch.load(path, weights_only=False)) for path in sorted(folder.glob(f"{name}.[0-9]*.pt"))]
+    record = ranks[0]
+    record.state = [assemble([rank.state[step] for rank in ranks]) for step in range(len(record.state))]
+    return record
 
 
 def sparse(recipe: Recipe) -> dict[str, int]:

@@ -7,7 +7,6 @@ logarithms and stays within 1 %, the gradient norm within 10 %.
 from pathlib import Path
 
 import pytest
-import torch
 
 from mmtrain.config.schema import Parallel
 from mmtrain.parallel.groups import connect
@@ -28,8 +27,7 @@ def run(folder: str, stage: int) -> list[str]:
     dtypes = {str(gradient.dtype) for _, gradient in engine._state.gradients()}
     dtypes |= {str(piece.tensor.dtype) for piece in engine.pieces()}
     computed = {str(parameter.dtype) for parameter in engine._engine.module.parameters()}
-    if groups.rank == 0:
-        torch.save(vars(record), Path(folder) / "bf16.pt")
+    harness.save_record(record, folder, "bf16", groups.rank)
     groups.close()
     return sorted(dtypes) + sorted(computed)
 
@@ -38,7 +36,7 @@ def run(folder: str, stage: int) -> list[str]:
 def test_bf16_tracks_fp32(stage: int, tmp_path: Path) -> None:
     dtypes = dist.run(run, 2, str(tmp_path), stage)
     assert dtypes == [["torch.float32", "torch.bfloat16"]] * 2
-    found = harness.load_record(tmp_path / "bf16.pt")
+    found = harness.load_record(tmp_path, "bf16")
     wanted = compare.reference_run(tiny.recipe(), STEPS)
     assert found.losses == pytest.approx(wanted.losses, rel=0.01)
     assert found.norms == pytest.approx(wanted.norms, rel=0.1)

@@ -4,8 +4,6 @@ The reference runs in float64, so the numbers are the engine's own rounding. Ada
 turns rounding into steps of size lr. Each layout's ranks start once, for all checks.
 """
 
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -22,7 +20,7 @@ LAYOUTS = {
     "ZeRO-2 with experts over 2 ranks": (2, Parallel(zero_stage=2, expert=2)),
     "ZeRO-1 with 2 tensor ranks": (2, Parallel(zero_stage=1, tensor=2)),
     "ZeRO-3 on 2 ranks": (2, Parallel(zero_stage=3)),
-    "ZeRO-0 on 2 ranks": (2, Parallel(zero_stage=0)),
+    "ZeRO-0 on one process": (1, Parallel(zero_stage=0)),
 }
 
 
@@ -55,7 +53,7 @@ def test_the_recipe_is_a_hard_one(wanted: dict[str, Record]) -> None:
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
 def test_numbers_are_those_of_plain_pytorch(layout, wanted: dict[str, Record], optimizer: str) -> None:
-    found = harness.load_record(layout[0] / f"{optimizer}.pt")
+    found = harness.load_record(layout[0], optimizer)
     rows = compare.compare(found, wanted[optimizer])
     kinds = {"param", "exp_avg", "exp_avg_sq"} if optimizer == "adamw" else {"param"}
     assert len(rows) == STEPS and all(row.worst.keys() == kinds for row in rows)
@@ -63,9 +61,9 @@ def test_numbers_are_those_of_plain_pytorch(layout, wanted: dict[str, Record], o
 
 
 def test_any_state_loads_and_training_goes_on(layout, wanted: dict[str, Record]) -> None:
-    found = harness.load_record(layout[0] / "resumed.pt")
+    found = harness.load_record(layout[0], "resumed")
     rows = compare.compare(found, compare.tail(wanted["adamw"], checks.HALF))
-    assert len(rows) == STEPS - checks.HALF and max(row.largest() for row in rows) <= TOLERANCE
+    assert len(rows) == 2 and max(row.largest() for row in rows) <= TOLERANCE
 
 
 def test_own_state_loads_to_the_bit(layout) -> None:
@@ -98,6 +96,8 @@ def test_frozen_parameters_keep_their_bits_and_are_saved(layout) -> None:
         found = rank["frozen"]
         assert found["moved"] and all(name.startswith("connector.") for name in found["moved"])
         assert found["parts"] == ["connector"] and found["loaded"] == []
+        loss, other, back = found["losses"]
+        assert back == pytest.approx(loss, rel=1e-6) and abs(other - loss) > 0.1
         assert found["names"] == sorted(harness.parts_of(tiny.recipe())[1].entries)
 
 
@@ -110,5 +110,5 @@ def test_key_biases_without_rope_have_rounding_for_a_gradient() -> None:
 
 
 def test_a_plan_of_the_pieces_has_no_padding(layout) -> None:
-    record = harness.load_record(Path(layout[0]) / "adamw.pt")
+    record = harness.load_record(layout[0], "adamw")
     assert record.state[0]["param", "decoder.head.weight"].shape[0] == tiny.recipe().model.decoder.vocab_size
