@@ -1,0 +1,101 @@
+"""What the jobs of these tests do. The server imports this module once."""
+
+import errno
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import launch.entry
+import launch.stages
+import launch.train
+from mmtrain.config.errors import UserError
+from mmtrain.config.schema import Recipe
+from mmtrain.run import saver
+from mmtrain.train import Options, train
+from mmtrain.watch import Watch
+
+
+def trained(recipe: Recipe, options: Options = Options()) -> int | str:  # noqa: B008 - a constant
+    """Exit code of `recipe`, or the text of its UserError."""
+    launch.entry.setup()
+    try:
+        return train(recipe, options)
+    except UserError as error:
+        return f"{type(error).__name__}: {error}"
+
+
+def chain(*recipes: Recipe) -> list[int | str]:
+    """One after another, in one process."""
+    return [trained(recipe) for recipe in recipes]
+
+
+def stopped_by_file(recipe: Recipe, after: int) -> int | str:
+    """A person makes OUT/stop while the step before `after` ends."""
+    _at_report(after - 1, lambda: (Path(recipe.out) / "stop").touch())
+    return trained(recipe)
+
+
+def stopped_by_signal(recipe: Recipe, after: int, rank: int = 0) -> int | str:
+    """The scheduler signals `rank` alone."""
+    if int(os.environ.get("RANK", "0")) == rank:
+        _at_report(after - 1, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    return trained(recipe)
+
+
+def killed(recipe: Recipe, during: int, saved: int) -> int | str:
+    """SIGKILL in step `during`, once the checkpoint of step `saved` is complete."""
+    _at_report(during, lambda: _kill_when_there(Path(recipe.out) / f"step_{saved:08d}"))
+    return trained(recipe)
+
+
+def without_room(recipe: Recipe, from_step: int) -> int | str:
+    """The disk is full from the checkpoint of step `from_step` on: a part of each file is written."""
+    write = saver.write_shard
+
+    def full(path: Path, pieces: Any) -> Any:
+        if int(path.parent.name.removeprefix("step_").removesuffix(".tmp")) < from_step:
+            return write(path, pieces)
+        path.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    saver.write_shard = full
+    return trained(recipe)
+
+
+def command(program: str, arguments: list[str]) -> None:
+    """`python launch/PROGRAM.py ARGUMENTS`."""
+    sys.argv = [f"launch/{program}.py", *arguments]
+    launch.entry.run({"train": launch.train.main, "stages": launch.stages.main}[program])
+
+
+def command_without(package: str, arguments: list[str]) -> None:
+    """`python launch/train.py` where `package` is not installed."""
+    for name in [name for name in sys.modules if name.startswith(("mmtrain.", f"{package}."))]:
+        if not name.startswith("mmtrain.config"):
+            del sys.modules[name]
+    sys.modules[package] = None
+    command("train", arguments)
+
+
+def _at_report(step: int, act: Callable[[], None]) -> None:
+    """Do `act` when `step` has been reported."""
+    report = Watch.report
+
+    def reported(self: Watch, number: int, *rest: Any) -> None:
+        report(self, number, *rest)
+        if number == step:
+            act()
+
+    Watch.report = reported
+
+
+def _kill_when_there(folder: Path) -> None:
+    """SIGKILL this process when `folder` has been committed."""
+    deadline = time.monotonic() + 60.0
+    while not folder.exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    os.kill(os.getpid(), signal.SIGKILL)
