@@ -41,6 +41,7 @@ def train(recipe: Recipe, options: Options = Options()) -> int:  # noqa: B008 - 
     # ---- what, and on how many ranks: every check that needs no process group
     place = discover()
     check(recipe, place.world)
+    profile = ProfileWindow(options.profile, Path(recipe.out), place.rank) if options.profile else None
     tokenizer = Tokenizer(recipe.data.tokenizer, recipe.data.chat_template)
     check_vocabulary(recipe.model, tokenizer)
     groups = connect(recipe.parallel, place)
@@ -66,7 +67,6 @@ def train(recipe: Recipe, options: Options = Options()) -> int:  # noqa: B008 - 
     watch = Watch(recipe, groups, built, tokenizer, total_steps, done)
     guard = Guard(recipe.guard.max_skips, recipe.guard.skip_steps, done.skips)
     stop = StopFlag(Path(recipe.out), groups.rank)
-    profile = ProfileWindow(options.profile, Path(recipe.out), groups.rank) if options.profile else None
 
     # ---- the loop
     started, stopped = time.perf_counter(), 0
@@ -104,6 +104,8 @@ def train(recipe: Recipe, options: Options = Options()) -> int:  # noqa: B008 - 
             break
 
     # ---- the end
+    if profile:
+        profile.close()
     watch.close(time.perf_counter() - started, guard.skips)
     stop.close()
     return finish(loader, lock, groups, exit_code(stopped) if stopped else 0)
