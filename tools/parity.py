@@ -32,7 +32,7 @@ def main() -> int:
             parallel = harness.layout_of(stage, tensor, expert)
             dist.run(harness.run_layout, world, folder, arguments.optimizers, parallel, arguments.steps)
             for name in arguments.optimizers:
-                found = harness.load_record(Path(folder) / f"{name}.pt")
+                found = harness.load_record(Path(folder), name)
                 print(
                     compare.table(
                         f"{world} ranks, ZeRO-{stage} x TP {tensor} x EP {expert}, {name}", found, wanted[name]

@@ -1,0 +1,62 @@
+"""Process groups: megatron-core's are the mesh's, the small collectives, and a port that is taken."""
+
+import socket
+
+import torch.distributed as dist_
+
+from mmtrain.config.errors import ConfigError
+from mmtrain.config.schema import Parallel
+from mmtrain.parallel.environment import Place
+from mmtrain.parallel.groups import connect
+from tests import dist
+
+LAYOUTS = (Parallel(), Parallel(tensor=2), Parallel(expert=2))
+
+
+def use_groups() -> list[dict[str, object]]:
+    """On a rank: join and leave once a layout."""
+    found = []
+    for parallel in LAYOUTS:
+        groups = connect(parallel)
+        kinds = ("tensor", "data", "expert", "replica")
+        members = {kind: dist_.get_process_group_ranks(getattr(groups, kind)) for kind in kinds}
+        of_mesh = {
+            kind: next(ranks for ranks in getattr(groups.mesh, f"{kind}_groups")() if groups.rank in ranks)
+            for kind in kinds
+        }
+        found.append(
+            {
+                "same": members == of_mesh,
+                "any": (groups.any(groups.rank == 1), groups.any(False)),
+                "all": (groups.all_agree(True), groups.all_agree(groups.rank == 0)),
+                "objects": groups.all_gather_object({"rank": groups.rank}),
+            }
+        )
+        groups.barrier()
+        groups.close()
+    return found
+
+
+def test_groups_and_collectives_on_two_ranks() -> None:
+    for rank in dist.run(use_groups, 2):
+        for found in rank:
+            assert found["same"] and found["any"] == (True, False) and found["all"] == (True, False)
+            assert found["objects"] == [{"rank": 0}, {"rank": 1}]
+
+
+def join_on_a_taken_port() -> str:
+    """On a rank: what connect says when somebody listens on rank 0's port."""
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        try:
+            connect(Parallel(), Place(0, 1, 0, "127.0.0.1", port, "torchrun"))
+        except ConfigError as error:
+            return str(error).replace(str(port), "PORT")
+    return ""
+
+
+def test_a_port_in_use_is_one_clear_line() -> None:
+    (message,) = dist.run(join_on_a_taken_port, 1)
+    assert message.startswith("port PORT on 127.0.0.1 is in use") and "--master_port" in message
