@@ -56,12 +56,16 @@ def _by_expert(weights: Weights, num_experts: int) -> list[Weights]:
     return [Weights(*own) for own in zip(*(absent if w is None else w.unbind(0) for w in weights), strict=True)]
 
 
-def _product(x: torch.Tensor, weight: torch.Tensor, bias: Maybe, out: torch.Tensor) -> None:
+def _multiply(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> None:
+    """out = a b, as out^T = b^T a^T: this way round MKL is 3 % faster on some hundred rows, and no slower on more."""
+    torch.mm(b.t(), a.t(), out=out.t())
+
+
+def _map(x: torch.Tensor, weight: torch.Tensor, bias: Maybe, out: torch.Tensor) -> None:
     """out = x weight^T + bias for one expert."""
-    if bias is None:
-        torch.mm(x, weight.t(), out=out)
-    else:
-        torch.addmm(bias, x, weight.t(), out=out)
+    _multiply(x, weight.t(), out)
+    if bias is not None:
+        out += bias
 
 
 def _activate_into(activation: Activation, x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
@@ -99,13 +103,13 @@ class _ExpertsOnCpu(torch.autograd.Function):
         out = rows.new_empty(rows.shape[0], weights.down.shape[1])
         moving = (_by_rows(x, sizes) for x in (rows, pre, gated, hidden, out))
         for own, x, u, g, h, y in zip(_by_expert(weights, len(sizes)), *moving, strict=True):
-            _product(x, own.up, own.up_bias, u)
+            _map(x, own.up, own.up_bias, u)
             if g is None:
                 _activate_into(activation, u, h)
             else:
-                _product(x, own.gate, None, g)
+                _map(x, own.gate, None, g)
                 _activate_into(activation, g, h).mul_(u)
-            _product(h, own.down, own.down_bias, y)
+            _map(h, own.down, own.down_bias, y)
         ctx.activation = activation
         ctx.save_for_backward(rows, counts, pre, gated, hidden, *tensors)
         return out
@@ -123,17 +127,18 @@ class _ExpertsOnCpu(torch.autograd.Function):
         both = _by_expert(weights, len(sizes)), _by_expert(grads, len(sizes))
         for own, grad, x, u, g, h, dy, dx in zip(*both, *moving, strict=True):
             du, *more = scratch[:, : x.shape[0]].unbind(0)
-            torch.mm(dy, own.down, out=du)
+            _multiply(dy, own.down, du)
             if g is None:
                 _derive_in_place(ctx.activation, du, u)
-                torch.mm(du, own.up, out=dx)
+                _multiply(du, own.up, dx)
                 _weight_gradients(grad, x, h, dy, du, None)
             else:
                 activated, dg = more
                 torch.mul(du, u, out=dg)
                 _derive_in_place(ctx.activation, dg, g)
                 du *= _activate_into(ctx.activation, g, activated)
-                torch.mm(du, own.up, out=dx).addmm_(dg, own.gate)
+                _multiply(du, own.up, dx)
+                dx.addmm_(dg, own.gate)
                 _weight_gradients(grad, x, h, dy, du, dg)
         return None, grad_rows, None, *grads
 
@@ -144,7 +149,7 @@ def _weight_gradients(
     """Write one expert's gradients that are wanted, from its input x, hidden rows h and the gradients of its rows."""
     for weight, output, source in ((grad.up, du, x), (grad.gate, dg, x), (grad.down, dy, h)):
         if weight is not None:
-            torch.mm(source.t(), output, out=weight.t())  # this way round MKL is 3 % faster than output^T source
+            _multiply(output.t(), source, weight)
     for bias, output in ((grad.up_bias, du), (grad.down_bias, dy)):
         if bias is not None:
             torch.sum(output, 0, out=bias)

@@ -9,6 +9,7 @@ The loop is the one in CuMo's vision and connector layers (arXiv:2405.05949): ov
 
 import argparse
 import json
+import os
 import platform
 import statistics
 import time
@@ -133,6 +134,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     result = {"bench": "moe_layer", "threads": args.threads, "cpu": platform.processor(), "torch": torch.__version__}
+    result["load_before"] = round(os.getloadavg()[0], 2)  # ratios of two threads on busy cores mean little
     result |= {name: measure(shape, args.seconds) for name, shape in SHAPES.items()}
     print(json.dumps(result))
 
