@@ -51,17 +51,17 @@ def test_every_change_that_may_not_be_is_listed_at_once(copy: Copy, tmp_path: Pa
     recipe = replace(
         recipe,
         optim=replace(recipe.optim, lr=1e-3),
-        data=replace(recipe.data, sequence_length=96),
+        data=replace(recipe.data, resize="pad"),
         trainable=["decoder.*"],
     )
-    allowed = replace(recipe, resume_allow=["optim", "data.sequence_length", "trainable"])
-    ended = jobs.run(tmp_path, tasks.chain, recipe, allowed)
-    refused, code = ended.value
+    allowed = replace(recipe, resume_allow=["optim", "data.resize", "trainable"])
+    refused = jobs.run(tmp_path, tasks.trained, recipe).value
     assert refused.startswith(f"ConfigError: {recipe.out}/step_00000004 was trained with another recipe: ")
-    for line in ("optim.lr: 0.003 -> 0.001", "data.sequence_length: 80 -> 96", "trainable: ['*'] -> ['decoder.*']"):
+    for line in ("optim.lr: 0.003 -> 0.001", "data.resize: squash -> pad", "trainable: ['*'] -> ['decoder.*']"):
         assert line in refused
     assert "steps: 4" not in refused and "resume_allow" in refused
-    assert code == 0, ended.log
+    ended = jobs.run(tmp_path, tasks.trained, allowed)
+    assert ended.value == 0, ended.log
     assert curve(recipe)[-1]["step"] == 6
 
 

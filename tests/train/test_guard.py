@@ -49,7 +49,9 @@ def test_a_corrupt_image_weighs_nothing(make: Make, shards: Path, tmp_path: Path
     assert index_path(Path(shard.path)).exists()
     recipe = make(tmp_path / "run", steps=3)
     captions = Source(str(tmp_path / "captions"))
-    recipe = replace(recipe, data=replace(recipe.data, sources={"captions": captions}, global_batch=8))
+    recipe = replace(
+        recipe, data=replace(recipe.data, sources={"captions": captions}, global_batch=8, max_bad_fraction=1.0)
+    )
     ended = jobs.run(tmp_path, tasks.trained, recipe)
     assert ended.value == 0, ended.log
     lines = [json.loads(line) for line in (tmp_path / "run" / "ledger.jsonl").read_text().splitlines()]
@@ -60,8 +62,8 @@ def test_a_corrupt_image_weighs_nothing(make: Make, shards: Path, tmp_path: Path
     assert report["skipped_samples"] == {"captions": len(lines)}
 
 
-def test_a_run_that_diverges_stops_and_keeps_its_checkpoints(make: Make, tmp_path: Path) -> None:
-    recipe = make(tmp_path / "run", steps=30, checkpoint=Checkpoint(every=1, keep_last=2), guard=Guard(max_skips=1))
+def test_a_run_that_diverges_stops_with_the_samples_of_the_step(make: Make, tmp_path: Path) -> None:
+    recipe = make(tmp_path / "run", steps=30, guard=Guard(max_skips=1))
     recipe = replace(recipe, optim=replace(recipe.optim, lr=1e30, warmup_steps=0, clip=0.0))
     ended = jobs.run(tmp_path, tasks.trained, recipe)
     assert ended.value.startswith("TrainingStopped: step 3: loss"), ended.log
