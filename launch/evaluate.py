@@ -111,7 +111,8 @@ def show(report: dict[str, Any], out: Path) -> None:
 
     blank = report["image"]["blank"]
     seen = f", every picture blank (RGB {blank})" if blank else ""
-    table = Table(title=f"{report['task']} on {report['data']}{seen}", title_justify="left")
+    rich.print(f"{report['task']} on {report['data']}{seen}")
+    table = Table()
     table.add_column("metric")
     table.add_column("value", justify="right")
     for name, value in report["metrics"].items():

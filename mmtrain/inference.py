@@ -33,6 +33,11 @@ class Inference:
     ) -> None:
         self.folder, self.step, self.recipe = reader.folder, reader.manifest.step, recipe
         self.tokenizer = Tokenizer(reader.folder, recipe.data.chat_template)
+        if self.tokenizer.vocab_size > recipe.model.decoder.vocab_size:
+            raise CheckpointError(
+                f"{reader.folder}: its tokenizer has {self.tokenizer.vocab_size} entries, its model rows for "
+                f"{recipe.model.decoder.vocab_size}; the folder was put together from two runs"
+            )
         self.rank, self.close = rank, close
         self._model, self._device = model.eval(), device
         one = torch.ones((), device=device)

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,7 @@ def test_a_checkpoint_gives_back_the_model(folder: Path) -> None:
 
 def test_two_tensor_ranks_answer_as_one_process(folder: Path) -> None:
     alone = ranks.everything(folder / "run", folder, 1)
-    first, second = dist.run(ranks.everything, 2, folder / "run", folder, 2)
+    first, second = dist.run(ranks.everything, 2, folder / "run", folder, 2, limit=240.0)
     close(first, alone)
     close(second, alone)
     assert len({item["output"] for item in alone[0][1]}) > 2
@@ -134,6 +135,17 @@ def test_a_checkpoint_put_together_from_two_runs_is_refused(tmp_path: Path) -> N
         open_inference(tmp_path / "names")
 
 
+def test_a_tokenizer_larger_than_the_model_is_refused(tmp_path: Path) -> None:
+    recipe = checkpoints.recipe()
+    small = replace(recipe, model=replace(recipe.model, decoder=replace(recipe.model.decoder, vocab_size=300)))
+    checkpoints.save(tmp_path, small, checkpoints.random_model(small), checkpoints.routers(small))
+    entries = checkpoints.tokenizer().vocab_size
+    with pytest.raises(
+        CheckpointError, match=f"its tokenizer has {entries} entries, its model rows for 300; the folder"
+    ):
+        open_inference(tmp_path)
+
+
 @pytest.fixture
 def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
     """Runs a script of launch/ in this process; what it printed."""
@@ -148,7 +160,7 @@ def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
 
 def python(*words: str | Path, code: int = 0) -> subprocess.CompletedProcess:
     """Run Python in a process of its own."""
-    done = subprocess.run([sys.executable, *map(str, words)], cwd=ROOT, capture_output=True, text=True, timeout=200)
+    done = subprocess.run([sys.executable, *map(str, words)], cwd=ROOT, capture_output=True, text=True, timeout=280)
     assert done.returncode == code, done.stdout + done.stderr
     return done
 
