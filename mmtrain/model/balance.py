@@ -46,10 +46,11 @@ class RouterState:
         """
         for part, count in counts.items():
             total = count.sum(-1, keepdim=True)
-            self.shares[part] = torch.where(total > 0, count / total.clamp(min=1), self.shares[part])
+            shares = (count / total.clamp(min=1)).float()  # counts come in fp64, where sums of any size are exact
+            self.shares[part] = torch.where(total > 0, shares, self.shares[part])
             moe = getattr(self.model, part).moe
             if moe.balance == "bias":
-                self.bias[part] = self.bias[part] + moe.bias_rate * torch.sign(count.mean(-1, keepdim=True) - count)
+                self.bias[part] += moe.bias_rate * torch.sign(count.mean(-1, keepdim=True) - count).float()
 
     def as_json(self) -> dict[str, Any]:
         """Plain lists for a checkpoint; fp32 values survive the way through JSON exactly."""
