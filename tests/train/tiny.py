@@ -111,7 +111,7 @@ def recipe(shards: Path, out: Path, tokenizer: Tokenizer, **changes: Any) -> Rec
             window=16,
             workers=0,
         ),
-        optim=Optim(lr=3e-3, warmup_steps=2, weight_decay=0.1, clip=0.3),
+        optim=Optim(lr=3e-3, warmup_steps=0, weight_decay=0.1, clip=0.3),
         mup=Mup(base=BASE, embedding=4.0),
         checkpoint=Checkpoint(every=100),
         log=Log(every=1),
