@@ -106,7 +106,7 @@ def tell_ranks(launcher: int, number: int) -> None:
 
     for child in psutil.Process(launcher).children(recursive=True):
         try:
-            if "RANK" in child.environ():
+            if "RANK" in child.environ() and str(TRAIN) in child.cmdline():  # not what a rank has started
                 child.send_signal(number)
         except (psutil.NoSuchProcess, psutil.AccessDenied):
             continue

@@ -57,12 +57,12 @@ def train(recipe: Recipe, options: Options = Options()) -> int:  # noqa: B008 - 
     total_steps = loader.total_steps
     held_out = HeldOut(recipe, tokenizer, groups)
     batches = iter(loader)
+    if done.step >= total_steps:
+        log.info("%s: all %d steps are done", recipe.name, total_steps)
+        return finish(loader, lock, groups)
     if options.check_only:
         sums = StepSums.of(next(batches), 0, groups)
         log.info("%s: every check passed; a step holds %d tokens, %d images", recipe.name, sums.tokens, sums.images)
-        return finish(loader, lock, groups)
-    if done.step >= total_steps:
-        log.info("%s: all %d steps are done", recipe.name, total_steps)
         return finish(loader, lock, groups)
     watch = Watch(recipe, groups, built, tokenizer, total_steps, done)
     guard = Guard(recipe.guard.max_skips, recipe.guard.skip_steps, done.skips)

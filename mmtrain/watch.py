@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 from collections import Counter
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -136,7 +137,8 @@ class Watch:
     def save(self, step: int, routers: RouterState, cursor: Mapping[str, Any], skips: int) -> None:
         """Start a checkpoint. Collective."""
         engine, mesh = self._built.engine, self._groups.mesh
-        measured = {HELD_OUT: self._measured.held_out["all"]} if self._measured else {}
+        held_out = self._measured.held_out.get("all", math.nan) if self._measured else math.nan
+        measured = {HELD_OUT: held_out} if math.isfinite(held_out) else {}
         state = RunState(
             optimizer_steps=engine.updates,
             recipe=dump(self._recipe),

@@ -29,9 +29,10 @@ def _follow_parent(parent: int) -> None:
 
 def main() -> None:
     """Answer packs on the socket given as file descriptor until it closes."""
-    # The trainer decides when to stop: it still needs packs while it saves after a SIGTERM.
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # The trainer decides when to stop: it still needs packs while it saves after a signal.
+    # srun and launch/stages.py may signal all processes of a rank, and SIGUSR1 would end this one.
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
     descriptor, parent = int(sys.argv[1]), int(sys.argv[2])
     threading.Thread(target=_follow_parent, args=(parent,), daemon=True).start()
     with Connection(descriptor) as connection:

@@ -63,9 +63,11 @@ class Partition:
     def __init__(self, config: dict[str, Any], groups: Groups) -> None:
         """config: DeepSpeed's."""
         self._config, self._groups = config, groups
+        self._dtype = torch.bfloat16 if "bf16" in config else torch.float32
         self._first: nn.Parameter | None = None
 
     def __call__(self, parameter: nn.Parameter) -> None:
+        parameter.data = parameter.data.to(self._dtype)  # zero.Init takes the dtype as it is, whatever it is told
         if self._first is not None:
             self._first.convert_to_zero_parameters(param_list=[parameter])
             return
@@ -74,6 +76,6 @@ class Partition:
             module=nn.ParameterList([parameter]),
             data_parallel_group=self._groups.data,
             config_dict_or_path=self._config,
-            dtype=torch.bfloat16 if "bf16" in self._config else torch.float32,
+            dtype=self._dtype,
             mpu=self._groups.mpu,
         )

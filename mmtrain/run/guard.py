@@ -2,7 +2,8 @@
 
 A job is told to stop by SIGTERM, by SIGUSR1 (SLURM: `--signal=USR1@300`), by a file OUT/stop, or by a deadline:
 MMTRAIN_DEADLINE holds a Unix time in seconds, e.g. `export MMTRAIN_DEADLINE=$((SLURM_JOB_END_TIME - 300))`. Signals may
-reach one rank alone (launchers end ranks one after another), so the ranks agree on `StopFlag.code` in every step.
+reach one rank alone (launchers end ranks one after another), so the ranks agree on `StopFlag.code` in every step
+(mmtrain.totals.StepSums).
 """
 
 import math
@@ -14,7 +15,6 @@ from pathlib import Path
 from types import FrameType
 
 from mmtrain.config.errors import ConfigError, UserError
-from mmtrain.run.comm import Comm
 from mmtrain.run.manifest import shortened
 
 EXIT_REQUEUE = 75
@@ -36,12 +36,13 @@ class TrainingStopped(UserError, RuntimeError):
 class StopFlag:
     """Watches for reasons to stop. Made in the main thread; handlers stay until `close`.
 
-    A stop file left by an earlier run is removed here (rank 0), because it has done its work.
+    Rank 0 alone looks for the stop file. One left by an earlier run is removed here, because it has done its work.
     """
 
     def __init__(self, run_dir: Path, rank: int = 0):
         self._file = run_dir / STOP_FILE
-        if rank == 0:
+        self._looks = rank == 0  # another rank might see an old file before rank 0 has removed it
+        if self._looks:
             self._file.unlink(missing_ok=True)
         self._deadline = _deadline()
         self._signal = 0
@@ -52,13 +53,9 @@ class StopFlag:
 
     def code(self) -> int:
         """This rank's reason, 0 for none. The maximum over ranks is the run's."""
-        if self._file.exists():
+        if self._looks and self._file.exists():
             return 4
         return self._signal or (3 if time.time() >= self._deadline else 0)
-
-    def agreed(self, comm: Comm) -> int:
-        """The run's reason, the same on all ranks; collective."""
-        return max(comm.all_gather_object(self.code()))
 
     def close(self) -> None:
         """Put the handlers back that were there before."""

@@ -51,7 +51,7 @@ class StepRecord:
     language_loss: float
     """Weighted mean of the cross-entropy over the global batch, in nats."""
     loss_by_source: Mapping[str, float]
-    """The same by source; None for a source that this step had nothing of."""
+    """The same by source; a source without a label in this step is left out."""
     grad_norm: float
     """Global norm before clipping."""
     lr: float

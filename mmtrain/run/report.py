@@ -28,13 +28,13 @@ class Report:
     tokens: int
     """Tokens served, image tokens included."""
     consumed: Mapping[str, int]
-    """Samples that were trained on, by source."""
+    """Documents packed, by source; each part of one that was cut counts, and so do those of skipped steps."""
     skipped_samples: Mapping[str, int]
     """Samples in the ledger, by source."""
     final_losses: Mapping[str, float]
     """Loss by source, and `all`, of the last logged step."""
     skipped_steps: int = 0
-    """Steps that the guard left out."""
+    """Steps left out because their numbers were not finite."""
     expert_shares: Mapping[str, Mapping[str, list[float]]] = field(default_factory=dict)
     """Part -> layer -> share of choices by expert, last logged step."""
     evaluation: Mapping[str, Any] = field(default_factory=dict)

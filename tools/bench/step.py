@@ -30,7 +30,9 @@ def main() -> int:
     from mmtrain.config.load import load
 
     overrides = ["parallel.zero_stage=1", "parallel.expert=1", "parallel.tensor=1", "init_from="]
-    recipe = load(arguments.recipe, [*overrides, *(f"upcycle.{part}=null" for part in ("vision", "connector", "decoder"))])
+    recipe = load(
+        arguments.recipe, [*overrides, *(f"upcycle.{part}=null" for part in ("vision", "connector", "decoder"))]
+    )
     from mmtrain.assemble import assemble
     from mmtrain.parallel.groups import connect
 
