@@ -3,7 +3,7 @@
     python -m tools.bench.step [RECIPE] [--pairs N]
 
 Both sides run the same forward of the same VisionLanguageModel on the same packs. The bare loop is what one would write
-in a notebook: zero_grad, forward, backward, clip_grad_norm_, AdamW.step. The engine adds the collectives of one process,
+in a notebook: zero_grad, forward, backward, clip_grad_norm_, AdamW.step. The engine adds collectives of one process,
 norms by part, the sums of the step and DeepSpeed. Prints one JSON line; `ratio` is bare time / engine time (1 = free).
 """
 
