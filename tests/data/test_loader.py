@@ -307,12 +307,12 @@ def busy(folder: Path) -> Iterator[Loader]:
         yield loader
 
 
-def test_workers_ignore_sigterm(busy: Loader) -> None:
+def test_workers_ignore_what_stops_the_trainer(busy: Loader) -> None:
     stream = iter(busy)
     next(stream)
     for process in busy.worker_pids():
-        os.kill(process, signal.SIGTERM)
-        os.kill(process, signal.SIGINT)
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+            os.kill(process, number)
     assert len(list(stream)) == 4
 
 
