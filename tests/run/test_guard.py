@@ -15,7 +15,6 @@ from mmtrain.run.guard import (
     exit_code,
     stop_reason,
 )
-from tests.run.ranks import on_ranks
 
 
 @pytest.fixture
@@ -66,18 +65,11 @@ def test_a_deadline_that_is_no_time(tmp_path, monkeypatch):
         StopFlag(tmp_path)
 
 
-def test_one_rank_signalled_stops_all(flag):
-    os.kill(os.getpid(), signal.SIGTERM)
-    codes = [0, flag.code(), 0]
-
-    class OneRank(StopFlag):
-        def __init__(self, code):
-            self._code = code
-
-        def code(self):
-            return self._code
-
-    assert on_ranks(3, lambda comm: OneRank(codes[comm.rank]).agreed(comm)) == [1, 1, 1]
+def test_rank_0_alone_looks_for_the_stop_file(flag, tmp_path):
+    other = StopFlag(tmp_path, rank=1)
+    (tmp_path / "stop").touch()
+    assert (flag.code(), other.code()) == (4, 0)
+    other.close()
 
 
 def test_steps_that_cannot_be_used_are_counted_and_bounded():
