@@ -85,16 +85,6 @@ class Groups:
         dist.all_reduce(tensor)
         return tensor
 
-    def all_agree(self, flag: bool) -> bool:
-        """Whether `flag` is true on every rank."""
-        return not self.any(not flag)
-
-    def any(self, flag: bool) -> bool:
-        """Whether `flag` is true on some rank."""
-        value = torch.tensor(float(flag), device=self.device)
-        dist.all_reduce(value, op=dist.ReduceOp.MAX)
-        return bool(value)
-
     def barrier(self) -> None:
         """Wait for all ranks."""
         self.sum_over_world(torch.zeros((), device=self.device))

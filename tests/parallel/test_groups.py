@@ -27,8 +27,6 @@ def use_groups() -> list[dict[str, object]]:
         found.append(
             {
                 "same": members == of_mesh,
-                "any": (groups.any(groups.rank == 1), groups.any(False)),
-                "all": (groups.all_agree(True), groups.all_agree(groups.rank == 0)),
                 "objects": groups.all_gather_object({"rank": groups.rank}),
             }
         )
@@ -40,8 +38,7 @@ def use_groups() -> list[dict[str, object]]:
 def test_groups_and_collectives_on_two_ranks() -> None:
     for rank in dist.run(use_groups, 2):
         for found in rank:
-            assert found["same"] and found["any"] == (True, False) and found["all"] == (True, False)
-            assert found["objects"] == [{"rank": 0}, {"rank": 1}]
+            assert found["same"] and found["objects"] == [{"rank": 0}, {"rank": 1}]
 
 
 def join_on_a_taken_port() -> str:
