@@ -2,6 +2,7 @@
 
 import socket
 
+import pytest
 import torch.distributed as dist_
 
 from mmtrain.config.errors import ConfigError
@@ -10,35 +11,32 @@ from mmtrain.parallel.environment import Place
 from mmtrain.parallel.groups import connect
 from tests import dist
 
-LAYOUTS = (Parallel(), Parallel(tensor=2), Parallel(expert=2))
 
-
-def use_groups() -> list[dict[str, object]]:
-    """On a rank: join and leave once a layout."""
-    found = []
-    for parallel in LAYOUTS:
-        groups = connect(parallel)
-        kinds = ("tensor", "data", "expert", "replica")
-        members = {kind: dist_.get_process_group_ranks(getattr(groups, kind)) for kind in kinds}
-        of_mesh = {
-            kind: next(ranks for ranks in getattr(groups.mesh, f"{kind}_groups")() if groups.rank in ranks)
-            for kind in kinds
-        }
-        found.append(
-            {
-                "same": members == of_mesh,
-                "objects": groups.all_gather_object({"rank": groups.rank}),
-            }
-        )
-        groups.barrier()
-        groups.close()
+def use_groups(parallel: Parallel) -> dict[str, object]:
+    """On a rank: join, call everything, leave."""
+    groups = connect(parallel)
+    kinds = ("tensor", "data", "expert", "replica")
+    members = {kind: dist_.get_process_group_ranks(getattr(groups, kind)) for kind in kinds}
+    of_mesh = {
+        kind: next(ranks for ranks in getattr(groups.mesh, f"{kind}_groups")() if groups.rank in ranks)
+        for kind in kinds
+    }
+    found = {
+        "same": members == of_mesh,
+        "any": (groups.any(groups.rank == 1), groups.any(False)),
+        "all": (groups.all_agree(True), groups.all_agree(groups.rank == 0)),
+        "objects": groups.all_gather_object({"rank": groups.rank}),
+    }
+    groups.barrier()
+    groups.close()
     return found
 
 
-def test_groups_and_collectives_on_two_ranks() -> None:
-    for rank in dist.run(use_groups, 2):
-        for found in rank:
-            assert found["same"] and found["objects"] == [{"rank": 0}, {"rank": 1}]
+@pytest.mark.parametrize("parallel", [Parallel(tensor=2), Parallel(expert=2)], ids=["tensor", "expert"])
+def test_groups_and_collectives_on_two_ranks(parallel: Parallel) -> None:
+    for found in dist.run(use_groups, 2, parallel):
+        assert found["same"] and found["any"] == (True, False) and found["all"] == (True, False)
+        assert found["objects"] == [{"rank": 0}, {"rank": 1}]
 
 
 def join_on_a_taken_port() -> str:

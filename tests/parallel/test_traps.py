@@ -164,11 +164,19 @@ CASES: dict[str, tuple[Parallel, Callable]] = {
 }
 
 
+REFUSED = {"no_marker_module": "'NoneType' object is not subscriptable"}
+"""Cases in which DeepSpeed stops (it finds no expert groups), and a part of what it says."""
+
+NOT_WRITTEN_ONCE = {"unmarked_experts"}
+"""Cases in which, besides, some elements would be missing from a checkpoint."""
+
+
 def run_cases(parallel: Parallel, names: list[str]) -> dict[str, harness.Record | str]:
     """On a rank: one step of each case; its record, or the error that building it raised."""
     found: dict[str, harness.Record | str] = {}
     joined = connect(parallel)
     for name in names:
+        print(name, flush=True)  # the log of a rank that hangs shows where
         with CASES[name][1]():
             try:
                 found[name] = harness.train(tiny.recipe("adamw", parallel), joined, 1)
@@ -187,8 +195,11 @@ def found() -> dict[str, harness.Record | str]:
         ranks = dist.run(run_cases, 2, parallel, names)
         for name in names:
             records[name] = ranks[0][name]
-            if isinstance(records[name], harness.Record):
-                records[name].state = [harness.assemble([rank[name].state[0] for rank in ranks])]
+            if name not in REFUSED:
+                try:
+                    records[name].state = [harness.assemble([rank[name].state[0] for rank in ranks])]
+                except AssertionError as error:
+                    records[name] = str(error)
     return records
 
 
@@ -200,16 +211,16 @@ def wanted() -> harness.Record:
 @pytest.mark.parametrize("case", [name for name in CASES if name != "nullcontext"])
 def test_without_its_remedy_the_numbers_are_wrong(case: str, found, wanted: harness.Record) -> None:
     record = found[case]
-    if isinstance(record, harness.Record):
+    if case in REFUSED:
+        assert REFUSED[case] in record
+    elif case in NOT_WRITTEN_ONCE:
+        assert "no rank writes some elements" in record
+    else:
         assert compare.compare(record, wanted)[0].largest() > BROKEN
 
 
 def test_with_all_remedies_they_are_right(found, wanted: harness.Record) -> None:
     assert compare.compare(found["nullcontext"], wanted)[0].largest() <= compare.TOLERANCE
-
-
-def test_deepspeed_says_no_without_the_marker_module(found) -> None:
-    assert "expert data parallel group" in str(found["no_marker_module"])
 
 
 def test_the_mpu_has_every_name_and_not_the_one_that_switches_it_off() -> None:
