@@ -17,6 +17,7 @@ from typing import Any
 
 import psutil
 import rich
+from rich.markup import escape
 from rich.table import Table
 
 from mmtrain.evaluate.overlap import overlap
@@ -120,7 +121,7 @@ def show(report: dict[str, Any]) -> None:
     for column in ("image", "question", "answer", "right?"):
         answers.add_column(column)
     for item in report["answers"]:
-        answers.add_row(item["image"], item["prompt"], item["output"], "yes" if item["correct"] else "no")
+        answers.add_row(item["image"], item["prompt"], escape(item["output"]), "yes" if item["correct"] else "no")
     rich.print(answers)
     numbers = Table(title="The demo in numbers", title_justify="left")
     numbers.add_column("what")
