@@ -1,6 +1,7 @@
 """What all entry points share: quiet libraries, one line for a person's mistake, an exit code for the machine."""
 
 import argparse
+import errno
 import logging
 import os
 import sys
@@ -33,6 +34,10 @@ def run(main: Callable[[], int]) -> None:
         code = main()
     except UserError as error:
         fail(str(error))
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+            raise
+        fail(f"{error}: make room, or choose another folder; the last good checkpoint is untouched")
     except ModuleNotFoundError as error:
         if error.name and error.name.split(".")[0] in ("mmtrain", "launch", "tools"):
             raise

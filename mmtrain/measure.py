@@ -71,7 +71,7 @@ class HeldOut:
         totals = LossTotals(self._recipe.model)
         with self._loader() as loader:
             for step in loader:
-                sums = StepSums.of(step, 0, self._groups)
+                sums = StepSums.of(step, 0, self._groups, len(self._recipe.eval.sources))
                 inputs = routers.inputs(sums.label_weight, sums.valid_tokens)
                 for batch in step.micro_batches:
                     totals.add(engine.evaluate(batch.to(self._groups.device), inputs))

@@ -11,6 +11,8 @@ from mmtrain.model.stepio import Losses
 from mmtrain.parallel.groups import Groups
 
 STOP_CODES = 8
+FAILED = STOP_CODES - 1
+"""Stop code of a rank that has no data to go on with: above every reason of run.guard."""
 
 
 @dataclass(frozen=True)
@@ -35,9 +37,11 @@ class StepSums:
     """The highest stop code of any rank (run.guard); 0 goes on."""
 
     @classmethod
-    def of(cls, step: Step, stop: int, groups: Groups) -> "StepSums":
-        """Add up over the ranks: the one collective before a step's first forward."""
-        counts = torch.tensor([step.label_weight, *_counts(step)], dtype=torch.float64)
+    def of(cls, step: Step | None, stop: int, groups: Groups, num_sources: int) -> "StepSums":
+        """Add up over the ranks: the one collective before a step's first forward. A rank without a step adds 0."""
+        counts = torch.zeros(5 + len(PARTS) + num_sources, dtype=torch.float64)
+        if step is not None:
+            counts[:] = torch.tensor([step.label_weight, *_counts(step)], dtype=torch.float64)
         stops = torch.zeros(STOP_CODES, dtype=torch.float64)
         stops[stop] = 1.0
         # Tensor ranks hold the same packs: one of them counts. But every rank's stop must be heard.

@@ -2,13 +2,16 @@
 
 import logging
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 from mmtrain.assemble import assemble, check_vocabulary, resume
 from mmtrain.config.check import check
+from mmtrain.config.errors import DataError, UserError
 from mmtrain.config.schema import Recipe
 from mmtrain.data.loader import Loader
+from mmtrain.data.record import Step
 from mmtrain.data.tokenizer import Tokenizer
 from mmtrain.measure import HeldOut
 from mmtrain.model.balance import RouterState
@@ -18,7 +21,7 @@ from mmtrain.parallel.groups import Groups, connect
 from mmtrain.run.guard import Guard, StopFlag, exit_code, stop_reason
 from mmtrain.run.lock import RunLock
 from mmtrain.run.profile import ProfileWindow
-from mmtrain.totals import LossTotals, StepSums
+from mmtrain.totals import FAILED, LossTotals, StepSums
 from mmtrain.watch import Watch, window
 
 log = logging.getLogger("mmtrain")
@@ -61,7 +64,7 @@ def train(recipe: Recipe, options: Options = Options()) -> int:  # noqa: B008 - 
         log.info("%s: all %d steps are done", recipe.name, total_steps)
         return finish(loader, lock, groups)
     if options.check_only:
-        sums = StepSums.of(next(batches), 0, groups)
+        _, sums = agreed_step(batches, 0, groups, len(recipe.data.sources))
         log.info("%s: every check passed; a step holds %d tokens, %d images", recipe.name, sums.tokens, sums.images)
         return finish(loader, lock, groups)
     watch = Watch(recipe, groups, built, tokenizer, total_steps, done)
@@ -73,8 +76,7 @@ def train(recipe: Recipe, options: Options = Options()) -> int:  # noqa: B008 - 
     for step in range(done.step + 1, total_steps + 1):
         with window(profile, step):
             with watch.phase("data_wait"):
-                data = next(batches)
-            sums = StepSums.of(data, stop.code(), groups)
+                data, sums = agreed_step(batches, stop.code(), groups, len(recipe.data.sources))
             inputs = routers.inputs(sums.label_weight, sums.valid_tokens)
             totals = LossTotals(recipe.model)
             for number, batch in enumerate(data.micro_batches):
@@ -97,6 +99,9 @@ def train(recipe: Recipe, options: Options = Options()) -> int:  # noqa: B008 - 
             measured = held_out.measure(engine, routers) if held_out.due(step, total_steps) else None
         watch.report(step, data, sums, totals, norms, factor, skipped, measured)
         stopped = sums.stop
+        if stopped or step == total_steps:
+            # Before the checkpoint: once the last one is there, the same command has nothing left to do.
+            watch.summarise(time.perf_counter() - started, guard.skips)
         if stopped or step == total_steps or step % recipe.checkpoint.every == 0:
             watch.save(step, routers, data.cursor, guard.skips)
         if stopped:
@@ -106,9 +111,26 @@ def train(recipe: Recipe, options: Options = Options()) -> int:  # noqa: B008 - 
     # ---- the end
     if profile:
         profile.close()
-    watch.close(time.perf_counter() - started, guard.skips)
+    watch.close()
     stop.close()
     return finish(loader, lock, groups, exit_code(stopped) if stopped else 0)
+
+
+def agreed_step(batches: Iterator[Step], stop: int, groups: Groups, num_sources: int) -> tuple[Step, StepSums]:
+    """The next step of data and its sums over all ranks. Collective.
+
+    UserError, on every rank: some rank cannot go on with its data; otherwise the others would wait for it.
+    """
+    data, problem = None, ""
+    try:
+        data = next(batches)
+    except UserError as error:
+        stop, problem = FAILED, str(error)
+    sums = StepSums.of(data, stop, groups, num_sources)
+    if sums.stop == FAILED:
+        problems = [text for text in groups.all_gather_object(problem) if text]
+        raise DataError("\n".join(dict.fromkeys(problems)))
+    return data, sums
 
 
 def finish(loader: Loader, lock: RunLock, groups: Groups, code: int = 0) -> int:

@@ -55,6 +55,7 @@ class Watch:
         self._counters = Counter({name: int(value) for name, value in done.metrics.items() if "/" in name})
         self._measured: Measured | None = None
         self._record: StepRecord | None = None
+        self._summed_up: Report | None = None
         self._rank0 = groups.rank == 0
         if self._rank0:
             self._lines = MetricsLog(self._out, done.step)
@@ -157,23 +158,28 @@ class Watch:
         with self._meter.paused():
             self._saver.save(step, engine.pieces(), state, {"tokenizer.json": self._tokenizer_file})
 
-    def close(self, seconds: float, skips: int) -> None:
-        """Wait for the last checkpoint, then draw the plots, write report.json and print its table. Collective.
+    def summarise(self, seconds: float, skips: int) -> None:
+        """Draw the plots and write report.json. Collective."""
+        memory = max(self._groups.all_gather_object(peak_memory(self._groups.device)))
+        if not self._rank0:
+            return
+        assert self._record is not None, "the step that ends a run is always logged"
+        draw_plots(self._lines.path, self._out / "plots", self._recipe.name)
+        self._summed_up = self._summary(self._record, seconds, skips, memory / 2**30)
+        write_report(self._summed_up, self._out)
+
+    def close(self) -> None:
+        """Wait for the last checkpoint and print the report's table. Collective.
 
         CheckpointError: the last checkpoint could not be written.
         """
         self._saver.wait()
-        memory = max(self._groups.all_gather_object(peak_memory(self._groups.device)))
         if not self._rank0:
             return
         for writer in (self._lines, self._ledger, self._progress, self._wandb):
             writer.close()
-        if self._record is None:
-            return
-        draw_plots(self._lines.path, self._out / "plots", self._recipe.name)
-        report = self._summary(self._record, seconds, skips, memory / 2**30)
-        write_report(report, self._out)
-        rich.print(table(report))
+        if self._summed_up is not None:
+            rich.print(table(self._summed_up))
 
     def _summary(self, record: StepRecord, seconds: float, skips: int, memory_gib: float) -> Report:
         """The report of the run as of its last logged step."""

@@ -14,7 +14,11 @@ ALWAYS_FREE = (
     "log",
     "eval",
     "checkpoint",
-    "parallel",
+    "parallel.tensor",
+    "parallel.expert",
+    "parallel.zero_stage",
+    "parallel.offload_optimizer",
+    "parallel.activation_checkpointing",
     "guard",
     "data.workers",
     "data.micro_batch",  # how the global batch is cut: layout, like the world size

@@ -15,17 +15,20 @@ def test_pictures_are_compared_by_content(tmp_path: Path) -> None:
     images = checkpoints.pictures(tmp_path / "images")
     data = write_lines(tmp_path / "vqa.jsonl", [{"image": name} for name in (*checkpoints.COLOURS, "red.png", None)])
     other = picture(colour=(1, 2, 3))
-    samples = [("a", {"json": b"{}", "png": other}), ("b", {"json": b"{}", "0.png": other, "1.PNG": other})]
+    samples = [
+        ("a", {"json": b"{}", "png": other}),
+        ("b", {"json": b"{}", "0.png": other, "1.PNG": picture(colour=(9, 9, 9))}),
+    ]
     write_tar(tmp_path / "one", samples)
     assert overlap([tmp_path / "one"], data, images) == {
         "evaluation_images": 3,
-        "training_images": 1,
+        "training_images": 2,
         "shared": 0,
         "examples": [],
     }
     tars = write_tar(tmp_path / "two", [("x", {"json": b"{}", "png": (images / "green.png").read_bytes()})])
     found = overlap([tmp_path / "one", tmp_path / "two"], data, images)
-    assert (found["training_images"], found["shared"]) == (2, 1)
+    assert (found["training_images"], found["shared"]) == (3, 1)
     assert found["examples"] == [{"image": "green.png", "shard": str(tars[0]), "member": "x.png"}]
 
 

@@ -69,6 +69,9 @@ def test_two_tensor_ranks_answer_as_one_process(folder: Path) -> None:
 def test_items_come_in_the_file_s_order_with_their_scores(folder: Path) -> None:
     (vqa, items), (matching, judged), (caption, described) = ranks.everything(folder / "run", folder, 1)
     assert [item["id"] for item in items] == [f"q{n}" for n in range(6)]
+    opened = open_inference(folder / "run")
+    alone = Evaluator(Prompter(opened.recipe, opened.tokenizer, folder / "images"), opened.forward, 1, 6)
+    assert [item["output"] for item in items] == [alone.answer(item["prompt"], item["image"]) for item in items]
     assert items[4]["answer"] == "because" and items[3]["image"] is None and vqa["count"] == 6
     assert (vqa["count_yes_no"], vqa["count_other"]) == (3, 3)
     assert [item["correct"] for item in judged] == [item["output"] == item["answer"] for item in judged]

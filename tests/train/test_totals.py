@@ -32,7 +32,7 @@ def alone(tensor_rank: int = 0) -> SimpleNamespace:
 def test_sums_of_a_step(make: Callable[..., Recipe], tmp_path: Path) -> None:
     with Loader(make(tmp_path), tokenizer(), 0, 1) as loader:
         step = next(iter(loader))
-    sums = StepSums.of(step, 2, alone())
+    sums = StepSums.of(step, 2, alone(), step.micro_batches[0].num_sources)
     batches = step.micro_batches
     assert float(sums.label_weight) == sum(float(batch.weights.sum()) for batch in batches) > 0
     assert sums.positions == 4 * 80
@@ -53,13 +53,13 @@ def test_sums_of_a_step(make: Callable[..., Recipe], tmp_path: Path) -> None:
     }
     assert sums.documents == [sum(key[3] == source for key in documents) for source in range(len(KINDS))]
     assert (sums.unusable, sums.stop) == (0, 2)
-    assert StepSums.of(step, 0, alone()).stop == 0
+    assert StepSums.of(step, 0, alone(), step.micro_batches[0].num_sources).stop == 0
 
 
 def test_of_tensor_ranks_one_counts_but_all_are_heard(make: Callable[..., Recipe], tmp_path: Path) -> None:
     with Loader(make(tmp_path), tokenizer(), 0, 1) as loader:
         step = next(iter(loader))
-    second = StepSums.of(step, 1, alone(tensor_rank=1))
+    second = StepSums.of(step, 1, alone(tensor_rank=1), step.micro_batches[0].num_sources)
     assert second.tokens == second.images == float(second.label_weight) == 0 and second.stop == 1
 
 

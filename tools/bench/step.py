@@ -113,7 +113,7 @@ def engine_step(recipe, groups, engine, batch) -> Callable[[], None]:
     data = Step([batch], float(batch.weights.sum()), valid, {}, {})
 
     def step() -> None:
-        sums = StepSums.of(data, 0, groups)
+        sums = StepSums.of(data, 0, groups, 1)
         losses = engine.forward(batch, routers.inputs(sums.label_weight, sums.valid_tokens))
         engine.backward(losses.total, last=True)
         totals = LossTotals(recipe.model)
