@@ -10,7 +10,6 @@ The loop is the one in CuMo's vision and connector layers (arXiv:2405.05949): ov
 import argparse
 import json
 import os
-import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -133,7 +132,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=40, help="time of each shape, warm-up apart")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    result = {"bench": "moe_layer", "threads": args.threads, "cpu": platform.processor(), "torch": torch.__version__}
+    result = {"bench": "moe_layer", "threads": args.threads, "torch": torch.__version__}
     result["load_before"] = round(os.getloadavg()[0], 2)  # ratios of two threads on busy cores mean little
     result |= {name: measure(shape, args.seconds) for name, shape in SHAPES.items()}
     print(json.dumps(result))
