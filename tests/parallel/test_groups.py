@@ -23,8 +23,6 @@ def use_groups(parallel: Parallel) -> dict[str, object]:
     }
     found = {
         "same": members == of_mesh,
-        "any": (groups.any(groups.rank == 1), groups.any(False)),
-        "all": (groups.all_agree(True), groups.all_agree(groups.rank == 0)),
         "objects": groups.all_gather_object({"rank": groups.rank}),
     }
     groups.barrier()
@@ -35,7 +33,7 @@ def use_groups(parallel: Parallel) -> dict[str, object]:
 @pytest.mark.parametrize("parallel", [Parallel(tensor=2), Parallel(expert=2)], ids=["tensor", "expert"])
 def test_groups_and_collectives_on_two_ranks(parallel: Parallel) -> None:
     for found in dist.run(use_groups, 2, parallel):
-        assert found["same"] and found["any"] == (True, False) and found["all"] == (True, False)
+        assert found["same"]
         assert found["objects"] == [{"rank": 0}, {"rank": 1}]
 
 
