@@ -206,3 +206,5 @@ def write_whole(parameter: nn.Parameter, values: torch.Tensor) -> None:
         start = dist.get_rank(parameter.ds_process_group) * size
         own = values[start : start + size]
         parameter.ds_tensor.view(-1)[: own.numel()].copy_(own)
+        if parameter.numel() == values.numel():  # small parameters stay gathered beside their partition
+            parameter.view(-1).copy_(values)
