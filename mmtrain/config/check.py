@@ -40,6 +40,9 @@ ABOVE_ZERO = ("model.*.norm_eps", "model.*.rope_theta", "model.*.rope_scaling.*"
 
 MAY_BE_NEGATIVE = ("model.vision.select_layer", "seed")
 
+COUNTED_FROM_ZERO = ("data.skip_packs",)
+"""Lists of numbers that begin at 0; those of all others begin at 1."""
+
 UP_TO_ONE = ("optim.final_lr_ratio", "data.max_bad_fraction")
 
 BELOW_ONE = ("optim.beta1", "optim.beta2")
@@ -74,9 +77,9 @@ def _numbers(recipe: Recipe) -> Iterator[str]:
     """Numbers out of their range, whatever the others are."""
     for key, value in leaves(recipe):
         if isinstance(value, (list, tuple)):
-            lowest = min((item for item in value if isinstance(item, int)), default=1)
-            if lowest < 1:
-                yield f"{key}={list(value)}: every number must be at least 1"
+            least = 0 if key in COUNTED_FROM_ZERO else 1
+            if min((item for item in value if isinstance(item, int)), default=least) < least:
+                yield f"{key}={list(value)}: every number must be at least {least}"
         elif isinstance(value, bool) or not isinstance(value, (int, float)) or _matches(key, MAY_BE_NEGATIVE):
             continue
         elif not math.isfinite(value):

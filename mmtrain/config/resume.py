@@ -21,6 +21,7 @@ ALWAYS_FREE = (
     "parallel.activation_checkpointing",
     "guard",
     "data.workers",
+    "data.skip_packs",  # what a person leaves out after having seen it
     "data.micro_batch",  # how the global batch is cut: layout, like the world size
 )
 """Keys and sections that change how a run is done or watched, never what it computes."""

@@ -80,6 +80,9 @@ class Data:
     """Images with more pixels are refused before decoding (decompression bombs)."""
     max_bad_fraction: float = 0.01
     """Training stops when more than this share of the samples read so far was unusable (never before 100 samples)."""
+    skip_packs: list[int] = field(default_factory=list)
+    """Packs of the stream (from 0; step t, from 1, begins at (t - 1) * global_batch) that stay planned but are served
+    as padding without weight, so that no other pack moves."""
     workers: int = 1
     """Processes of each rank that read and decode; 0 decodes in the training process."""
 

@@ -142,7 +142,7 @@ class Loader:
         batches = [stack(group, self._shape, len(self._sources)) for group in groups]
         names = tuple(self._sources)
         ledger = [line for item in read for line in item.ledger]
-        bad = len(ledger)
+        bad = len(ledger) - sum(bool(planned.withheld) for pack in pending.packs for planned in pack)
         for skipped in pending.skipped:
             where = {"source": names[skipped.source], "shard": skipped.shard, "key": skipped.entry.key}
             ledger.append({**where, "reason": skipped.entry.unusable or "no tokens"})
@@ -195,6 +195,7 @@ def make_planner(recipe: Recipe, tokenizer: Tokenizer, sources: Mapping[str, Sou
     sizer = Sizer(canvas_of(recipe), recipe.model.connector.num_tokens)
     samples = {name: sum(shard.header.samples for shard in of_source) for name, of_source in shards.items()}
     if finite:
+        data = replace(data, skip_packs=[])  # numbers of the training stream
         return Planner(shards, data, recipe.seed, sizer, weights, samples)
     endless = Planner(shards, data, recipe.seed, sizer, weights)
     if recipe.steps:

@@ -56,6 +56,7 @@ class Planner:
         """
         self._data, self._sizer, self._seed = data, sizer, seed
         self._packs = 0
+        self._skip_packs = frozenset(data.skip_packs)
         names = [name for name, weight in weights.items() if weight > 0]
         total = sum(weights[name] for name in names)
         self._check(names, sizer, data)
@@ -125,7 +126,12 @@ class Planner:
     def next_step(self) -> Plan:
         """The packs of the next global step."""
         self._skipped = []
-        packs = [self._next_pack() for _ in range(self._data.global_batch)]
+        packs = []
+        for number in range(self._packs, self._packs + self._data.global_batch):
+            pack = self._next_pack()
+            if number in self._skip_packs:
+                pack = [planned._replace(withheld=f"pack {number} is in data.skip_packs") for planned in pack]
+            packs.append(pack)
         return Plan(packs, self._skipped)
 
     def _next_pack(self) -> list[Planned]:

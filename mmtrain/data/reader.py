@@ -47,11 +47,16 @@ class Reader:
         self._tokenizer = tokenizer or Tokenizer(spec.tokenizer, spec.chat_template)
 
     def read(self, pack: Sequence[Planned]) -> ReadPack:
-        """Decode a pack. Bad samples become padding and lines of the ledger; DataError if the index is wrong."""
+        """Decode a pack; DataError if the index is wrong.
+
+        Bad samples, and those that the plan withholds, become padding and lines of the ledger.
+        """
         slots, ledger = [], []
         for planned in pack:
             laid = None
             try:
+                if planned.withheld:
+                    raise BadSample(planned.withheld)
                 if planned.entry.size > MAX_SAMPLE_BYTES:
                     raise BadSample(f"{planned.entry.size} bytes, more than the {MAX_SAMPLE_BYTES} that are read")
                 members = read_members(planned.shard, planned.entry)

@@ -25,6 +25,8 @@ class Planned(NamedTuple):
     """Positions that it takes in the pack."""
     panels: int
     """Images (sub-images count) that it brings."""
+    withheld: str = ""
+    """Why its place stays padding although nothing is wrong with it; empty for a document that is read."""
 
 
 class Skipped(NamedTuple):

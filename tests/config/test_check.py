@@ -28,6 +28,7 @@ ONE_RANK = [
     ({"model__vision__num_layers": 0}, "model.vision.num_layers=0 must be at least 1"),
     ({"model__vision__image_size": (0, 8)}, "model.vision.image_size=[0, 8]: every number must be at least 1"),
     ({"guard__skip_steps": [3, 0]}, "guard.skip_steps=[3, 0]: every number must be at least 1"),
+    ({"data__skip_packs": [0, -1]}, "data.skip_packs=[0, -1]: every number must be at least 0"),
     ({"data__sources": {"a": Source("x", -1.0)}}, "data.sources.a.weight=-1.0 must not be negative; 0 is the least"),
     ({"mup__base": {"decoder": {"hidden_size": 0}}}, "mup.base.decoder.hidden_size=0 must be above 0"),
     # model

@@ -245,6 +245,33 @@ def test_samples_that_the_index_calls_unusable_are_in_the_ledger_once(tmp_path: 
     assert sorted(line["key"] for ledger in ledgers for line in ledger) == ["c3", "c8"]
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_skipped_packs_are_padding_and_move_nothing(folder: Path, workers: int) -> None:
+    whole = steps(make(folder))
+    found = steps(make(folder, skip_packs=[3, 10, 11], workers=workers, max_bad_fraction=0.0))
+    for number, (step, twin) in enumerate(zip(found, whole, strict=True)):
+        assert step.cursor == twin.cursor and step.pack_keys == twin.pack_keys and step.served == twin.served
+        skipped = {3, 10, 11} & set(range(8 * number, 8 * number + 8))
+        for place, (pack, full) in enumerate(zip(packs(step), packs(twin), strict=True), 8 * number):
+            if place in skipped:
+                assert set(pack["kind"]) == {TokenKind.PADDING} and not any(pack["weights"]) and not pack["images"]
+            else:
+                assert pack == full
+        lines = [(line["key"], line["reason"]) for line in step.ledger]
+        expected = [
+            (key, f"pack {n} is in data.skip_packs") for n in sorted(skipped) for key in twin.pack_keys[n - 8 * number]
+        ]
+        assert lines == expected
+
+
+def test_measuring_never_skips_the_packs_of_training(folder: Path) -> None:
+    held_out = {"captions": Source(str(folder / "captions"))}
+    found = steps(make(folder, skip_packs=[0, 1]), sources=held_out, finite_batches=2)
+    assert [packs(step) for step in found] == [
+        packs(step) for step in steps(make(folder), sources=held_out, finite_batches=2)
+    ]
+
+
 def test_too_many_bad_samples_stop_the_run(tmp_path: Path) -> None:
     write_tar(tmp_path / "captions", [caption(n, b"no image" if n % 4 == 0 else None) for n in range(200)], 50)
     index(tmp_path / "captions")
