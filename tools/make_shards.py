@@ -25,9 +25,9 @@ from rich.table import Table
 
 from mmtrain.config.errors import DataError, UserError
 from mmtrain.data.chat import TEMPLATES
+from mmtrain.data.columns import Index
 from mmtrain.data.formats import READERS, Problem, Record, read_records
 from mmtrain.data.index import build_index, shard_paths, write_index
-from mmtrain.data.record import Index
 from mmtrain.data.shards import ShardWriter
 from mmtrain.data.tokenizer import Tokenizer
 from tools.train_tokenizer import train

@@ -1,10 +1,10 @@
-"""Choosing the documents of one pack."""
+"""Choosing the documents of one pack. This code runs for every document of a run: it is written for speed."""
 
 from collections.abc import Sequence
 
 from mmtrain.config.schema import Data
 from mmtrain.data.pack import SubsetSum
-from mmtrain.data.window import Stream, Waiting
+from mmtrain.data.window import Stream
 
 MAX_OFFERS = 512
 """Documents that the last quarter of a pack is chosen from, at most; a bound on time that is hardly ever met."""
@@ -19,18 +19,16 @@ class Filler:
     """
 
     def __init__(self, active: Sequence[Stream], data: Data) -> None:
-        self.taken: list[tuple[Stream, int]] = []
-        """Stream and number in its window, in pack order."""
+        self.taken: list[tuple[int, int]] = []
+        """Number of the stream in `active`, and number of the document in its window, in pack order."""
         self._active = active
         self._room, self._slots = data.sequence_length, data.max_images
         self._reserve = data.sequence_length // 4
-        least = min(stream.progress for stream in active)
-        share = sum(stream.share for stream in active)
-        self._ceiling = [
-            stream.share * (least + data.sequence_length / share) + data.sequence_length / 2 for stream in active
-        ]
+        self._shares = [stream.share for stream in active]
+        least = min([stream.progress for stream in active])
+        allowed, half = least + data.sequence_length / sum(self._shares), data.sequence_length / 2
+        self._ceiling = [share * allowed + half for share in self._shares]
         self._ahead = [stream.served for stream in active]  # served tokens if all that was offered were taken
-        self._used: set[tuple[int, int]] = set()
 
     def take_overdue(self, entered: int) -> None:
         """Take documents that entered the window at or before `entered`, oldest first, all that fit.
@@ -42,55 +40,54 @@ class Filler:
         """
         overdue = []
         for at, stream in enumerate(self._active):
-            for number, document in enumerate(stream.waiting):
-                if document.entered > entered:
+            if stream.entered[0] > entered:
+                continue
+            for number, since in enumerate(stream.entered):
+                if since > entered:
                     break
-                overdue.append((document.entered, stream.number, number, at))
-        for _, _, number, at in sorted(overdue):
+                overdue.append((since, at, number))
+        for _, at, number in sorted(overdue):
             document = self._active[at].waiting[number]
             if document.tokens <= self._room and document.panels <= self._slots:
                 self._ahead[at] += document.tokens
-                self._take(at, number, document)
-
-    def _take(self, at: int, number: int, document: Waiting) -> None:
-        self._room -= document.tokens
-        self._slots -= document.panels
-        self._used.add((at, number))
-        self.taken.append((self._active[at], number))
+                self._room -= document.tokens
+                self._slots -= document.panels
+                self.taken.append((at, number))
 
     def fill(self) -> None:
         """Take documents in mixture order while more than the reserve stays free, then the best subset of the next."""
-        ahead, room, slots = self._ahead, self._room, self._slots
-        shares = [stream.share for stream in self._active]
-        places = [0] * len(self._active)
-        open_streams = list(range(len(self._active)))
+        ahead, ceiling, shares, taken = self._ahead, self._ceiling, self._shares, self.taken
+        room, slots, reserve = self._room, self._slots, self._reserve
+        used = set(taken)
+        clock = [served / share for served, share in zip(ahead, shares, strict=True)]
+        unseen = [enumerate(stream.waiting) for stream in self._active]
+        going = list(range(len(unseen)))
         subset: SubsetSum | None = None
         offered: list[tuple[int, int]] = []
-        while open_streams and room:
-            at = min(open_streams, key=lambda i: ahead[i] / shares[i]) if len(open_streams) > 1 else open_streams[0]
-            waiting, number = self._active[at].waiting, places[at]
-            places[at] += 1
-            if number == len(waiting):
-                open_streams.remove(at)
+        while going and room:
+            at = min(going, key=clock.__getitem__) if len(going) > 1 else going[0]
+            for number, document in unseen[at]:
+                tokens, panels = document.tokens, document.panels
+                if tokens <= room and panels <= slots and (not used or (at, number) not in used):
+                    break
+            else:
+                going.remove(at)
                 continue
-            document = waiting[number]
-            if document.tokens > room or document.panels > slots or (self._used and (at, number) in self._used):
+            if taken and ahead[at] + tokens > ceiling[at]:
+                going.remove(at)
                 continue
-            if self.taken and ahead[at] + document.tokens > self._ceiling[at]:
-                open_streams.remove(at)
-                continue
-            ahead[at] += document.tokens
-            if subset is None and (not self.taken or room - document.tokens >= self._reserve):
-                self._take(at, number, document)
-                room, slots = self._room, self._slots
-                continue
+            ahead[at] += tokens
+            clock[at] = ahead[at] / shares[at]
             if subset is None:
+                if not taken or room - tokens >= reserve:
+                    taken.append((at, number))
+                    room -= tokens
+                    slots -= panels
+                    continue
                 subset = SubsetSum(room, slots)
-            subset.offer(document.tokens, document.panels)
+            subset.offer(tokens, panels)
             offered.append((at, number))
             if subset.exact or len(subset) == MAX_OFFERS:
                 break
         if subset is not None:
-            for number in subset.best():
-                at, place = offered[number]
-                self._take(at, place, self._active[at].waiting[place])
+            taken.extend([offered[number] for number in subset.best()])

@@ -1,6 +1,6 @@
-"""The index beside each shard: made in one pass over a tar, written as JSON lines, read back with all its checks.
+"""Indexes: made in one pass over a tar, written beside it, opened by their first line, read with all their checks.
 
-shard-000000.tar has shard-000000.index.jsonl: a line of totals and identity, then one line for each sample.
+shard-000000.tar has shard-000000.index (mmtrain.data.columns describes the file).
 """
 
 import hashlib
@@ -8,10 +8,10 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple, get_type_hints
 
 from mmtrain.config.errors import DataError
-from mmtrain.config.tokens import TokenKind
+from mmtrain.data.columns import Columns, Index
 from mmtrain.data.documents import (
     BadSample,
     Content,
@@ -21,12 +21,18 @@ from mmtrain.data.documents import (
     segments_of,
 )
 from mmtrain.data.header import read_header
-from mmtrain.data.record import Index, IndexEntry, IndexHeader, Member, Segment
-from mmtrain.data.shards import RawSample, read_members, scan
+from mmtrain.data.record import IndexEntry, IndexHeader
+from mmtrain.data.shards import RawSample, is_remote, read_members, scan
 from mmtrain.data.tokenizer import Tokenizer
 
-VERSION = 1
+VERSION = 2
 """Format of index files; raised when an old reader would misread a new file."""
+
+SUFFIX = ".index"
+"""Ending of index files."""
+
+MAX_HEADER_BYTES = 1 << 20
+"""A first line is not longer."""
 
 _CHUNK = 512  # samples whose texts are tokenised in one call
 
@@ -35,49 +41,55 @@ class Shard(NamedTuple):
     """A tar whose index has been checked, but not read beyond its header."""
 
     path: str
-    """Path of the tar."""
+    """Path of the tar, or its address."""
     header: IndexHeader
     """Its totals."""
+    index: str
+    """Path of the index file."""
 
 
 def index_path(tar: Path) -> Path:
-    """Where the index of `tar` lies."""
-    return tar.with_suffix(".index.jsonl")
+    """Where the index of a local `tar` lies."""
+    return tar.with_suffix(SUFFIX)
 
 
-def build_index(tar: Path, tokenizer: Tokenizer) -> tuple[Index, str]:
+def build_index(tar: Path, tokenizer: Tokenizer, address: str = "") -> tuple[Index, str]:
     """Index a tar, ours or a foreign one, and say what is wrong with the tar itself (empty if nothing is).
 
-    Samples that cannot be used are recorded with the reason. DataError for unsafe members and keys that come twice.
+    `address` is where a remote tar came from. Samples that cannot be used are recorded with the reason. DataError for
+    unsafe members and keys that come twice.
     """
     samples, damage = scan(tar)
     _refuse_repeated_keys(tar, samples)
     entries: list[IndexEntry] = []
     for start in range(0, len(samples), _CHUNK):
         entries.extend(_entries(tar, samples[start : start + _CHUNK], tokenizer))
+    columns = Columns.of(entries)
     header = IndexHeader(
         version=VERSION,
         tokenizer_hash=tokenizer.hash,
-        shard=tar.name,
+        shard=address or tar.name,
         shard_bytes=tar.stat().st_size,
-        members_sha256=_members_hash(entries),
+        members_sha256=columns.members_sha256(),
         samples=len(entries),
         unusable=sum(bool(entry.unusable) for entry in entries),
         images=sum(entry.images for entry in entries),
         tokens=sum(entry.tokens for entry in entries),
         supervised=sum(entry.supervised for entry in entries),
     )
-    return Index(str(tar), header, tuple(entries)), damage
+    return Index(address or str(tar), header, columns), damage
 
 
-def write_index(index: Index) -> Path:
-    """Write `index` beside its tar, whole or not at all; returns its path."""
-    path = index_path(Path(index.path))
+def write_index(index: Index, path: Path | None = None) -> Path:
+    """Write `index` to `path` (default: beside its tar), whole or not at all; returns the path."""
+    path = path or index_path(Path(index.path))
     partial = path.with_name(path.name + ".partial")
-    lines = [asdict(index.header), *(_entry_to_json(entry) for entry in index.entries)]
-    partial.write_text(
-        "".join(json.dumps(line, ensure_ascii=False, separators=(",", ":")) + "\n" for line in lines), "utf-8"
-    )
+    payload, lengths = index.columns.to_bytes()
+    line = asdict(index.header) | {"lengths": lengths, "payload_sha256": hashlib.sha256(payload).hexdigest()}
+    with partial.open("wb") as file:
+        file.write(json.dumps(line, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "surrogateescape"))
+        file.write(b"\n")
+        file.write(payload)
     partial.replace(path)
     return path
 
@@ -85,11 +97,14 @@ def write_index(index: Index) -> Path:
 def open_folder(folder: str | Path, tokenizer: Tokenizer) -> list[Shard]:
     """All shards of a source, in name order, reading no more than each index's first line.
 
-    DataError if the folder or its shards are missing, a shard has no index, changed since, or was indexed for another
-    tokenizer, chat template or set of special tokens.
+    A tar lies beside its index, or where the index says. DataError if the folder or its shards are missing, a shard
+    has no index, changed since, or was indexed for another tokenizer, chat template or set of special tokens.
     """
-    tars = shard_paths(Path(folder))
-    shards = [Shard(str(tar), _checked_header(tar, tokenizer)) for tar in tars]
+    folder = Path(folder)
+    remote = [path for path in sorted(folder.glob("*" + SUFFIX)) if not path.with_suffix(".tar").exists()]
+    tars = shard_paths(folder) if not remote or any(folder.glob("*.tar")) else []
+    paths = sorted([*map(index_path, tars), *remote])
+    shards = [_checked(path, tokenizer) for path in paths]
     if not any(shard.header.samples > shard.header.unusable for shard in shards):
         raise DataError(f"data folder {folder}: {len(shards)} shards without a single usable sample; make them again")
     return shards
@@ -110,45 +125,76 @@ def shard_paths(folder: Path) -> list[Path]:
     raise DataError(f"data folder {folder}: no .tar shards in it; make some with `python -m tools.make_shards`")
 
 
-def read_index(shard: Shard) -> Index:
-    """All entries of a shard that `open_folder` has checked; DataError if the file does not hold what it says."""
-    path = index_path(Path(shard.path))
-    with path.open(encoding="utf-8") as file:
-        next(file)
-        try:
-            entries = tuple(_entry_from_json(json.loads(line)) for line in file)
-        except (ValueError, LookupError, TypeError) as error:
-            raise DataError(f"index {path}: broken entry ({error}); {_again(path.parent)}") from None
-    if len(entries) != shard.header.samples or _members_hash(entries) != shard.header.members_sha256:
+def read_index(path: str | Path) -> Index:
+    """All samples of a shard, from its index file; DataError if the file does not hold what it says."""
+    path = Path(path)
+    try:
+        with path.open("rb") as file:
+            header, lengths, expected = _first_line(file.readline(MAX_HEADER_BYTES), path)
+            payload = file.read()
+    except OSError as error:
+        raise DataError(f"index {path}: cannot be read ({error.strerror}); {_again(path.parent)}") from None
+    if hashlib.sha256(payload).hexdigest() != expected:
         raise DataError(
-            f"index {path}: {len(entries)} entries that are not the {shard.header.samples} of its header; "
+            f"index {path}: its {len(payload)} bytes of columns are not those that were written; {_again(path.parent)}"
+        )
+    try:
+        columns = Columns.from_bytes(payload, lengths)
+    except ValueError as error:
+        raise DataError(f"index {path}: broken columns ({error}); {_again(path.parent)}") from None
+    if len(columns) != header.samples:
+        raise DataError(
+            f"index {path}: {len(columns)} samples that are not the {header.samples} of its first line; "
             f"{_again(path.parent)}"
         )
-    return Index(shard.path, shard.header, entries)
+    return Index(_tar_of(path, header), header, columns)
 
 
-def _checked_header(tar: Path, tokenizer: Tokenizer) -> IndexHeader:
-    """First line of the index of `tar`, if it still holds for this tar and this tokenizer."""
-    path = index_path(tar)
-    if not path.is_file():
-        raise DataError(f"shard {tar}: no index beside it ({path.name}); {_again(tar.parent)}")
+def _tar_of(path: Path, header: IndexHeader) -> str:
+    """Where the tar of an index is."""
+    return header.shard if is_remote(header.shard) else str(path.with_suffix(".tar"))
+
+
+def _first_line(line: bytes, path: Path) -> tuple[IndexHeader, dict[str, int], str]:
+    """Header, lengths of columns and hash of an index's first line."""
     try:
-        with path.open(encoding="utf-8") as file:
-            header = IndexHeader(**json.loads(file.readline()))
-    except (ValueError, TypeError) as error:
-        raise DataError(f"index {path}: broken first line ({error}); {_again(tar.parent)}") from None
-    if header.version != VERSION:
-        raise DataError(f"index {path}: format {header.version}, this code reads {VERSION}; {_again(tar.parent)}")
-    size = tar.stat().st_size
-    if header.shard_bytes != size:
-        raise DataError(f"shard {tar}: {size} bytes, but {header.shard_bytes} when indexed; {_again(tar.parent)}")
+        fields = json.loads(line)
+        if fields["version"] != VERSION:
+            raise DataError(
+                f"index {path}: format {fields['version']}, this code reads {VERSION}; {_again(path.parent)}"
+            )
+        lengths, expected = fields.pop("lengths"), fields.pop("payload_sha256")
+        header = IndexHeader(**fields)
+        for field, value in asdict(header).items():
+            if type(value) is not get_type_hints(IndexHeader)[field]:
+                raise TypeError(f"{field} is {value!r}")
+        if not isinstance(lengths, dict):
+            raise TypeError(f"lengths is {lengths!r}")
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise DataError(f"index {path}: broken first line ({error}); {_again(path.parent)}") from None
+    return header, lengths, expected
+
+
+def _checked(path: Path, tokenizer: Tokenizer) -> Shard:
+    """The shard of an index, if the index still holds for the tar and this tokenizer."""
+    if not path.is_file():
+        raise DataError(f"shard {path.with_suffix('.tar')}: no index beside it ({path.name}); {_again(path.parent)}")
+    with path.open("rb") as file:
+        header = _first_line(file.readline(MAX_HEADER_BYTES), path)[0]
+    tar = _tar_of(path, header)
+    if not is_remote(tar):  # the size of a remote one is checked when it has been fetched
+        if not Path(tar).is_file():
+            raise DataError(f"index {path}: its tar {Path(tar).name} is gone; restore it, or delete the index")
+        size = Path(tar).stat().st_size
+        if header.shard_bytes != size:
+            raise DataError(f"shard {tar}: {size} bytes, but {header.shard_bytes} when indexed; {_again(path.parent)}")
     if header.tokenizer_hash != tokenizer.hash:
         raise DataError(
             f"shard {tar}: indexed for tokenizer {header.tokenizer_hash[:16]}, the recipe's is {tokenizer.hash[:16]} "
             "(file, chat template and special tokens count); correct data.tokenizer or data.chat_template, or "
-            f"{_again(tar.parent)}"
+            f"{_again(path.parent)}"
         )
-    return header
+    return Shard(tar, header, str(path))
 
 
 def _again(folder: Path) -> str:
@@ -201,36 +247,3 @@ def _read(tar: Path, sample: RawSample) -> tuple[Content, dict[str, tuple[int, i
     except BadSample as error:
         return str(error)
     return content, sizes
-
-
-def _members_hash(entries: Sequence[IndexEntry]) -> str:
-    """Hash of what lies where in the tar."""
-    digest = hashlib.sha256()
-    for entry in entries:
-        digest.update(json.dumps([entry.key, entry.offset, entry.size, entry.members]).encode())
-    return digest.hexdigest()
-
-
-def _entry_to_json(entry: IndexEntry) -> dict[str, Any]:
-    """An entry as one short line: segments are [tokens, supervised] for text, [0, 0, width, height] for images."""
-    segments = [[0, 0, s.width, s.height] if s.is_image else [s.tokens, s.supervised] for s in entry.segments]
-    line = {
-        "key": entry.key,
-        "offset": entry.offset,
-        "size": entry.size,
-        "kind": entry.kind,
-        "members": entry.members,
-        "segments": segments,
-    }
-    return line | ({"unusable": entry.unusable} if entry.unusable else {})
-
-
-def _entry_from_json(line: dict[str, Any]) -> IndexEntry:
-    """The inverse of `_entry_to_json`."""
-    segments = tuple(
-        Segment(TokenKind.IMAGE if len(numbers) == 4 else TokenKind.TEXT, *numbers) for numbers in line["segments"]
-    )
-    members = tuple(Member(*member) for member in line["members"])
-    return IndexEntry(
-        line["key"], line["offset"], line["size"], line["kind"], members, segments, line.get("unusable", "")
-    )

@@ -14,13 +14,13 @@ from mmtrain.config.tokens import TokenKind
 from mmtrain.data.batch import canvas_of, stack
 from mmtrain.data.collate import Shape
 from mmtrain.data.index import open_folder
-from mmtrain.data.ordering import Sizer
+from mmtrain.data.ordering import Planned, Sizer
 from mmtrain.data.plan import Plan, Planner
 from mmtrain.data.pool import WorkerPool
 from mmtrain.data.reader import Reader, ReaderSpec, ReadPack
 from mmtrain.data.record import Batch, Step
 from mmtrain.data.tokenizer import Tokenizer
-from mmtrain.data.window import Planned, Skipped
+from mmtrain.data.window import Skipped
 
 STEPS_AHEAD = 2
 """Steps planned and being decoded while the model works on one."""
@@ -144,8 +144,7 @@ class Loader:
         ledger = [line for item in read for line in item.ledger]
         bad = len(ledger) - sum(bool(planned.withheld) for pack in pending.packs for planned in pack)
         for skipped in pending.skipped:
-            where = {"source": names[skipped.source], "shard": skipped.shard, "key": skipped.entry.key}
-            ledger.append({**where, "reason": skipped.entry.unusable or "no tokens"})
+            ledger.append({**skipped._asdict(), "source": names[skipped.source]})
         self._count(sum(map(len, pending.packs)) + len(pending.skipped), bad + len(pending.skipped), ledger)
         return Step(
             micro_batches=batches,

@@ -1,6 +1,7 @@
 """Filling packs: cutting documents that are too long, and choosing documents whose lengths add up to a full pack."""
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 
@@ -93,19 +94,18 @@ class _Cutter:
 class SubsetSum:
     """Which of the items offered so far fill a space best: most tokens, within both budgets. Exact.
 
-    Row c is a bit set, one Python integer: bit t is set when some of the items have t tokens and c panels in all. An
-    item shifts every row; 1,000 sums move in one machine operation after another, without numpy.
+    All sums are one Python integer of `slots` + 1 rows: bit t of row c is set when some of the items have t tokens and
+    c panels in all. An item shifts the integer by its tokens and rows, and a mask drops what left the space: a row is
+    wide enough that no sum reaches the next. Thousands of sums move in three machine loops, without numpy.
     """
 
     def __init__(self, room: int, slots: int) -> None:
         """An empty space of `room` tokens and `slots` panels."""
-        self._room = room
-        self._full = 1 << room
-        self._mask = (1 << (room + 1)) - 1
-        self._rows = [1] + [0] * slots
-        self._reach = 0  # panels of all items so far; rows beyond are empty
+        self._room, self._stride = room, 2 * room + 1
+        self._inside, self._full = _masks(room, slots)
+        self._sums = 1
         self._items: list[tuple[int, int]] = []
-        self._before: list[list[int]] = []  # rows before each item, to walk back from the best sum
+        self._before: list[int] = []  # sums before each item, to walk back from the best one
         self.exact = room == 0
         """Whether some of the items fill the room to the last token."""
 
@@ -114,27 +114,46 @@ class SubsetSum:
         return len(self._items)
 
     def offer(self, tokens: int, panels: int) -> None:
-        """One more item, of at least one token."""
-        rows = self._rows
-        self._before.append(rows)
+        """One more item, of at least one token and at most the room, and at most the slots."""
+        sums = self._sums
+        self._before.append(sums)
         self._items.append((tokens, panels))
-        self._rows = grown = rows.copy()
-        self._reach += panels
-        for count in range(panels, min(self._reach + 1, len(rows))):
-            source = rows[count - panels]
-            if source:
-                grown[count] |= (source << tokens) & self._mask
-                if grown[count] & self._full:
-                    self.exact = True
+        more = (sums << (tokens + panels * self._stride)) & self._inside
+        self._sums = sums | more
+        if more & self._full:
+            self.exact = True
 
     def best(self) -> list[int]:
         """Numbers of the items to take, in the order they were offered: earlier items wherever there is a choice."""
-        tokens = max(row.bit_length() - 1 for row in self._rows)
-        panels = next(count for count, row in enumerate(self._rows) if row.bit_length() - 1 == tokens)
+        tokens, panels = self._best_sum()
         taken = []
         for number in range(len(self._items) - 1, -1, -1):
-            if not self._before[number][panels] >> tokens & 1:
+            if not self._before[number] >> (tokens + panels * self._stride) & 1:
                 taken.append(number)
                 tokens -= self._items[number][0]
                 panels -= self._items[number][1]
         return taken[::-1]
+
+    def _best_sum(self) -> tuple[int, int]:
+        """The most tokens, and the fewest panels that they come with."""
+        best, panels, sums = 0, 0, self._sums
+        row = (1 << (self._room + 1)) - 1
+        for count in range(sums.bit_length() // self._stride + 1):
+            tokens = (sums >> (count * self._stride) & row).bit_length() - 1
+            if tokens > best:
+                best, panels = tokens, count
+        return best, panels
+
+
+@lru_cache(maxsize=2048)
+def _masks(room: int, slots: int) -> tuple[int, int]:
+    """Bits of all sums inside a space, and of those that fill its room."""
+    stride, rows = 2 * room + 1, 1
+    first = 1  # the first bit of each row, doubled until there are enough
+    while rows <= slots:
+        first |= first << (rows * stride)
+        rows *= 2
+    first &= (1 << ((slots + 1) * stride)) - 1
+    full = first << room
+    # Borrowing fills each row below its bit of `full`: 2^room - 2^0 sets the bits 0 ... room - 1.
+    return (full - first) | full, full

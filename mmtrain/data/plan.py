@@ -14,11 +14,11 @@ from typing import Any, NamedTuple
 
 from mmtrain.config.errors import ConfigError, DataError
 from mmtrain.config.schema import Data
+from mmtrain.data.columns import Index
 from mmtrain.data.fill import Filler
 from mmtrain.data.index import Shard, read_index
-from mmtrain.data.ordering import Sizer, SourceOrder
-from mmtrain.data.record import Index
-from mmtrain.data.window import Planned, Skipped, Stream
+from mmtrain.data.ordering import Planned, Sizer, SourceOrder
+from mmtrain.data.window import Skipped, Stream
 
 CURSOR_VERSION = 1
 CURSOR_BYTES = 64 * 1024
@@ -47,12 +47,13 @@ class Planner:
         sizer: Sizer,
         weights: Mapping[str, float],
         passes: Mapping[str, int] | None = None,
-        read: Callable[[Shard], Index] = read_index,
+        read: Callable[[str], Index] = read_index,
     ) -> None:
         """Plan `weights` (source -> share, in the recipe's order) over `shards` (source -> its shards).
 
         `passes` ends the plan when the sources it names have given that many documents; empty packs follow. Without it
-        the plan never ends. ConfigError if a pack cannot hold an image, or the window is too small or too large.
+        the plan never ends. `read` gives an index by its path. ConfigError if a pack cannot hold an image, or the
+        window is too small or too large.
         """
         self._data, self._sizer, self._seed = data, sizer, seed
         self._packs = 0
@@ -67,10 +68,10 @@ class Planner:
         self._streams = []
         for number, name in enumerate(weights):
             if name in names:
-                order = SourceOrder(name, shards[name], sizer, seed, data.open_shards, read)
+                order = SourceOrder(name, number, shards[name], sizer, seed, data.open_shards, read)
                 share = weights[name] / total
                 limit = (passes or {}).get(name)
-                self._streams.append(Stream(number, order, share, data, sizer, volume, limit))
+                self._streams.append(Stream(order, share, data, sizer, volume, limit))
 
     @staticmethod
     def _check(names: Sequence[str], sizer: Sizer, data: Data) -> None:
@@ -105,7 +106,7 @@ class Planner:
     @property
     def longest_wait(self) -> int:
         """Packs that the oldest document in the windows has waited for."""
-        entered = [stream.waiting[0].entered for stream in self._streams if stream.waiting]
+        entered = [stream.entered[0] for stream in self._streams if stream.waiting]
         return self._packs - min(entered, default=self._packs)
 
     def longest_lasting(self) -> str:
@@ -136,19 +137,21 @@ class Planner:
 
     def _next_pack(self) -> list[Planned]:
         """The next pack, empty when the plan has ended."""
-        going = [stream.progress for stream in self._streams if not stream.ended()]
+        least = min([stream.progress for stream in self._streams if not stream.ended()], default=0.0)
         for stream in self._streams:
-            stream.refill(self._packs, min(going, default=0.0), self._skipped)
+            stream.refill(self._packs, least, self._skipped)
         active = [stream for stream in self._streams if stream.waiting]
         pack: list[Planned] = []
         if active and not self.finished:
             filler = Filler(active, self._data)
             filler.take_overdue(self._packs - self._patience)
             filler.fill()
-            for stream, number in filler.taken:
-                pack.append(stream.planned(stream.waiting[number]))
-            for stream in active:
-                stream.remove({number for owner, number in filler.taken if owner is stream})
+            taken: list[list[int]] = [[] for _ in active]
+            for at, number in filler.taken:
+                pack.append(active[at].waiting[number])
+                taken[at].append(number)
+            for stream, numbers in zip(active, taken, strict=True):
+                stream.remove(numbers)
         self._packs += 1
         return pack
 

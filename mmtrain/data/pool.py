@@ -12,8 +12,8 @@ from queue import SimpleQueue
 from typing import NamedTuple
 
 from mmtrain.config.errors import DataError
+from mmtrain.data.ordering import Planned
 from mmtrain.data.reader import ReaderSpec, ReadPack
-from mmtrain.data.window import Planned
 
 ROOT = Path(__file__).resolve().parents[2]
 """Folder that holds the package."""
@@ -50,10 +50,10 @@ class WorkerPool:
             worker.connection.send(pack)
             answer = worker.connection.recv()
         except (EOFError, OSError):
-            keys = ", ".join(planned.entry.key for planned in pack[:4])
+            samples = ", ".join(f"{planned.index} sample {planned.row}" for planned in pack[:4])
             raise DataError(
                 f"a decoding process (pid {worker.process.pid}) died with exit code {worker.process.poll()} on a pack "
-                f"of {len(pack)} samples ({keys}, ...); if the machine ran out of memory, lower data.workers"
+                f"of {len(pack)} samples ({samples}, ...); if the machine ran out of memory, lower data.workers"
             ) from None
         finally:
             self._idle.put(worker)

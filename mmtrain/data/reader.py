@@ -1,17 +1,24 @@
 """Reading and decoding one planned pack: the same code in the training process and in decoding processes."""
 
+from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mmtrain.config.errors import DataError
 from mmtrain.data.collate import PackArrays, Shape, Slot, collate_pack, lay_out
+from mmtrain.data.columns import Index
 from mmtrain.data.documents import BadSample, decode_document
+from mmtrain.data.index import read_index
+from mmtrain.data.ordering import Planned
 from mmtrain.data.shards import read_members
 from mmtrain.data.tokenizer import Tokenizer
-from mmtrain.data.window import Planned
 
 MAX_SAMPLE_BYTES = 1 << 30
 """Samples of more bytes are refused before reading."""
+
+
+OPEN_INDEXES = 64
+"""Indexes that a reader keeps; a pack takes from few shards, which neighbouring packs take from as well."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +52,7 @@ class Reader:
         """`tokenizer` saves loading the one of `spec` again."""
         self._spec = spec
         self._tokenizer = tokenizer or Tokenizer(spec.tokenizer, spec.chat_template)
+        self._indexes: OrderedDict[str, Index] = OrderedDict()
 
     def read(self, pack: Sequence[Planned]) -> ReadPack:
         """Decode a pack; DataError if the index is wrong.
@@ -53,26 +61,36 @@ class Reader:
         """
         slots, ledger = [], []
         for planned in pack:
+            index = self._index(planned.index)
+            entry = index.columns.entry(planned.row)
             laid = None
             try:
                 if planned.withheld:
                     raise BadSample(planned.withheld)
-                if planned.entry.size > MAX_SAMPLE_BYTES:
-                    raise BadSample(f"{planned.entry.size} bytes, more than the {MAX_SAMPLE_BYTES} that are read")
-                members = read_members(planned.shard, planned.entry)
-                document = decode_document(planned.entry, members, self._tokenizer, planned.shard)
+                if entry.size > MAX_SAMPLE_BYTES:
+                    raise BadSample(f"{entry.size} bytes, more than the {MAX_SAMPLE_BYTES} that are read")
+                members = read_members(index.path, entry)
+                document = decode_document(entry, members, self._tokenizer, index.path)
                 laid = lay_out(document, planned.cut, self._spec.shape, self._tokenizer.image_id)
             except BadSample as error:
                 source = self._spec.sources[planned.source]
-                ledger.append(
-                    {"source": source, "shard": planned.shard, "key": planned.entry.key, "reason": str(error)}
-                )
+                ledger.append({"source": source, "shard": index.path, "key": entry.key, "reason": str(error)})
             if laid is not None and len(laid.tokens) != planned.tokens:
                 raise DataError(
-                    f"shard {planned.shard}, sample {planned.entry.key}: {len(laid.tokens)} tokens with its images, "
+                    f"shard {index.path}, sample {entry.key}: {len(laid.tokens)} tokens with its images, "
                     f"but its index planned {planned.tokens}; an image changed its size: index the folder again with "
                     "`python -m tools.make_shards wds FOLDER --tokenizer F`"
                 )
-            slots.append(Slot(planned.entry.key, planned.source, planned.tokens, laid))
+            slots.append(Slot(entry.key, planned.source, planned.tokens, laid))
         arrays = collate_pack(slots, self._spec.shape, self._tokenizer.image_id, self._tokenizer.pad_id)
         return ReadPack(arrays, ledger)
+
+    def _index(self, path: str) -> Index:
+        """An index, from memory if it was used lately."""
+        if path in self._indexes:
+            self._indexes.move_to_end(path)
+        else:
+            self._indexes[path] = read_index(path)
+            if len(self._indexes) > OPEN_INDEXES:
+                self._indexes.popitem(last=False)
+        return self._indexes[path]

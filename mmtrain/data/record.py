@@ -98,11 +98,11 @@ class IndexHeader:
     tokenizer_hash: str
     """`Tokenizer.hash` that the token counts hold for."""
     shard: str
-    """File name of the tar, beside the index."""
+    """File name of the tar beside the index, or the address of a remote one (http, s3, `pipe:`)."""
     shard_bytes: int
     """Its size when indexed."""
     members_sha256: str
-    """Hash of all keys, member suffixes, offsets and sizes: changes when the tar was written anew."""
+    """Hash of all keys, offsets, sizes and members: changes when the tar was written anew."""
     samples: int
     """Entries, unusable ones included."""
     unusable: int
@@ -113,18 +113,6 @@ class IndexHeader:
     """Text tokens in usable entries."""
     supervised: int
     """Targets of the loss in usable entries."""
-
-
-@dataclass(frozen=True)
-class Index:
-    """What one shard holds."""
-
-    path: str
-    """Path of the tar."""
-    header: IndexHeader
-    """Totals and identity."""
-    entries: tuple[IndexEntry, ...]
-    """Samples in tar order."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,6 +14,11 @@ BLOCK = 512
 """Bytes of a tar block: headers and contents start on multiples of it."""
 
 
+def is_remote(shard: str) -> bool:
+    """Whether a shard is named by an address (http, s3, ..., or `pipe:` and a command) instead of a path."""
+    return shard.startswith("pipe:") or "://" in shard
+
+
 class RawSample(NamedTuple):
     """A run of neighbouring members with one key."""
 
@@ -113,7 +118,7 @@ def read_members(path: str | Path, entry: IndexEntry | RawSample) -> dict[str, b
         raise DataError(f"shard {path}: no such file, though its index lists it; restore it or index again") from None
     if len(run) < entry.size:
         raise BadSample(f"the shard ends early: {len(run)} of {entry.size} bytes")
-    name = f"{entry.key.rpartition('/')[2]}.".encode()
+    name = f"{entry.key.rpartition('/')[2]}.".encode("utf-8", "surrogateescape")
     if name not in run[: entry.members[0].offset - entry.offset]:  # the first member's header
         raise DataError(
             f"shard {path}, sample {entry.key}: not at byte {entry.offset} any more, the shard changed since it was "

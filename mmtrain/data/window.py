@@ -1,32 +1,12 @@
 """A source's window: documents drawn in order, and not yet in a pack."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from mmtrain.config.errors import DataError
 from mmtrain.config.schema import Data
-from mmtrain.data.ordering import Drawn, Sizer, SourceOrder
+from mmtrain.data.ordering import Block, Planned, Sizer, SourceOrder
 from mmtrain.data.pack import Cut, cut_document
-from mmtrain.data.record import IndexEntry
-
-
-class Planned(NamedTuple):
-    """One document, or a stretch of a long one, in a pack."""
-
-    source: int
-    """Number of the source in the recipe's order."""
-    shard: str
-    """Path of the tar."""
-    entry: IndexEntry
-    """The sample."""
-    cut: Cut | None
-    """The stretch, None for the whole document."""
-    tokens: int
-    """Positions that it takes in the pack."""
-    panels: int
-    """Images (sub-images count) that it brings."""
-    withheld: str = ""
-    """Why its place stays padding although nothing is wrong with it; empty for a document that is read."""
 
 
 class Skipped(NamedTuple):
@@ -36,38 +16,19 @@ class Skipped(NamedTuple):
     """Number of the source in the recipe's order."""
     shard: str
     """Path of the tar."""
-    entry: IndexEntry
-    """The sample; `entry.unusable` is the reason."""
-
-
-class Waiting(NamedTuple):
-    """A document, or a stretch of a long one, that was drawn and is in no pack yet."""
-
-    ordinal: int
-    """Its number in the source's order."""
-    drawn: Drawn
-    """What the order says about it."""
-    part: int
-    """Number of the stretch."""
-    tokens: int
-    """Positions."""
-    panels: int
-    """Images (sub-images count)."""
-    entered: int
-    """Packs made before it was drawn."""
-    cut: Cut | None
-    """The stretch, None for the whole document."""
+    key: str
+    """Name of the sample."""
+    reason: str
+    """What is wrong with it."""
 
 
 class Stream:
     """One source: its place in the order, and the window of documents drawn but not yet packed."""
 
     def __init__(
-        self, number: int, order: SourceOrder, share: float, data: Data, sizer: Sizer, volume: float, limit: int | None
+        self, order: SourceOrder, share: float, data: Data, sizer: Sizer, volume: float, limit: int | None
     ) -> None:
         """`share` of all tokens; the window holds at most its share of `volume` packs, and data.window documents."""
-        self.number = number
-        """Number in the recipe's order."""
         self.order = order
         """The documents, by ordinal."""
         self.share = share
@@ -76,9 +37,12 @@ class Stream:
         """Documents that it gives at most; None for ever."""
         self.served = 0
         """Tokens packed so far."""
-        self.waiting: list[Waiting] = []
+        self.waiting: list[Planned] = []
         """The window, in drawing order."""
-        self._ordinal = self._part = 0
+        self.entered: list[int] = []
+        """For each of them, packs made before it was drawn."""
+        self._next = self._part = 0  # what is drawn next: ordinal, and stretch of it
+        self._block = Block(0, [])  # around what is drawn next
         self._sizer = sizer
         self._tokens, self._images, self._window = data.sequence_length, data.max_images, data.window
         self._volume = 0  # of the window, in 1 / (sequence_length * max_images) packs
@@ -93,7 +57,7 @@ class Stream:
 
     def ended(self) -> bool:
         """Whether a limited source has given all that it had to."""
-        return self.limit is not None and self._ordinal >= self.limit and not self.waiting
+        return self.limit is not None and self._next >= self.limit and not self.waiting
 
     def refill(self, packs: int, least: float, skipped: list[Skipped]) -> None:
         """Draw documents until the window is full: in number, or in packs that it would make.
@@ -104,79 +68,84 @@ class Stream:
         waiting = self.waiting
         if not waiting and self.progress > least + self._ahead:
             return
+        room, slots = self._tokens, self._images
+        unusable = 0  # in a row
         while not waiting or (len(waiting) < self._window and self._volume < self._most):
-            document = self._draw(packs, skipped)
-            if document is None:
+            ordinal = self._next
+            if self.limit is not None and ordinal >= self.limit:
                 return
-            waiting.append(document)
-            self._volume += self._size(document)
-
-    def _size(self, document: Waiting) -> int:
-        return document.tokens * self._images + document.panels * self._tokens
-
-    def _draw(self, packs: int, skipped: list[Skipped]) -> Waiting | None:
-        """The next document or stretch of one; None at the limit."""
-        for _ in range(2 * self.order.samples):  # unusable ones may end one epoch and begin the next
-            if self.limit is not None and self._ordinal >= self.limit:
-                return None
-            ordinal = self._ordinal
-            drawn = self.order[ordinal]
-            if drawn.tokens == 0:
-                skipped.append(Skipped(self.number, self.order.shard_path(drawn.shard), self.order.entry(drawn)))
-                self._ordinal += 1
+            place = ordinal - self._block.first
+            if not 0 <= place < len(self._block.documents):
+                self._block = self.order.block(ordinal)
+                place = ordinal - self._block.first
+            document = self._block.documents[place]
+            tokens, panels = document.tokens, document.panels
+            if tokens == 0:
+                self._next += 1
+                skipped.append(self._skipped(document))
+                unusable += 1
+                if unusable > 2 * self.order.samples:  # the rest of an epoch, and a whole one
+                    raise DataError(f"data.sources.{self.order.name}: none of its {unusable // 2} samples is usable")
                 continue
-            if drawn.tokens <= self._tokens and drawn.panels <= self._images:
-                self._ordinal += 1
-                return Waiting(ordinal, drawn, 0, drawn.tokens, drawn.panels, packs, None)
-            part = self._part
-            cuts = self._cuts_of(ordinal, drawn)
-            self._part += 1
-            if self._part == len(cuts):
-                self._ordinal, self._part = ordinal + 1, 0
-            return Waiting(ordinal, drawn, part, cuts[part].tokens, cuts[part].panels, packs, cuts[part])
-        raise DataError(f"data.sources.{self.order.name}: none of its {self.order.samples} samples is usable")
+            if tokens <= room and panels <= slots:
+                self._next += 1
+            else:
+                document = self._stretch(document)
+                tokens, panels = document.tokens, document.panels
+            unusable = 0
+            waiting.append(document)
+            self.entered.append(packs)
+            self._volume += tokens * slots + panels * room
 
-    def _cuts_of(self, ordinal: int, drawn: Drawn) -> list[Cut]:
+    def _stretch(self, document: Planned) -> Planned:
+        """The next stretch of a document that is too long."""
+        part, cuts = self._part, self._cuts_of(document)
+        self._part += 1
+        if self._part == len(cuts):
+            self._next, self._part = self._next + 1, 0
+        return document._replace(tokens=cuts[part].tokens, panels=cuts[part].panels, part=part, cut=cuts[part])
+
+    def _cuts_of(self, document: Planned) -> list[Cut]:
         """The stretches of a document that is too long."""
-        if self._cuts[0] != ordinal:
-            sizes = [(self._sizer.tokens(s), self._sizer.panels(s)) for s in self.order.entry(drawn).segments]
-            self._cuts = ordinal, cut_document(sizes, self._tokens, self._images)
+        if self._cuts[0] != document.ordinal:
+            sizes = [(self._sizer.tokens(s), self._sizer.panels(s)) for s in self.order.entry(document).segments]
+            self._cuts = document.ordinal, cut_document(sizes, self._tokens, self._images)
         return self._cuts[1]
 
-    def planned(self, document: Waiting) -> Planned:
-        """The record that leaves the planner."""
-        drawn = document.drawn
-        path, entry = self.order.shard_path(drawn.shard), self.order.entry(drawn)
-        return Planned(self.number, path, entry, document.cut, document.tokens, document.panels)
+    def _skipped(self, document: Planned) -> Skipped:
+        """The record of a sample that is passed by."""
+        entry = self.order.entry(document)
+        return Skipped(self.order.number, self.order.shard_path(document), entry.key, entry.unusable or "no tokens")
 
-    def remove(self, numbers: set[int]) -> None:
-        """Take documents out of the window, and count them as served."""
-        for number in numbers:
-            document = self.waiting[number]
+    def remove(self, numbers: Sequence[int]) -> None:
+        """Take documents out of the window, by their numbers in it, and count them as served."""
+        for number in sorted(numbers, reverse=True):
+            document = self.waiting.pop(number)
+            del self.entered[number]
             self.served += document.tokens
-            self._volume -= self._size(document)
-        self.waiting = [document for number, document in enumerate(self.waiting) if number not in numbers]
+            self._volume -= document.tokens * self._images + document.panels * self._tokens
 
     def state(self) -> dict[str, Any]:
         """Counters, and the window as text: a document is its ordinal, part and entry, less the one's before it."""
-        rows, ordinal, entered = [], 0, 0
-        for document in self.waiting:
-            rows.append(f"{document.ordinal - ordinal} {document.part} {document.entered - entered}")
-            ordinal, entered = document.ordinal, document.entered
-        return {"next": [self._ordinal, self._part], "served": self.served, "waiting": ",".join(rows)}
+        rows, ordinal, before = [], 0, 0
+        for document, entered in zip(self.waiting, self.entered, strict=True):
+            rows.append(f"{document.ordinal - ordinal} {document.part} {entered - before}")
+            ordinal, before = document.ordinal, entered
+        return {"next": [self._next, self._part], "served": self.served, "waiting": ",".join(rows)}
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Undo `state`."""
-        self._ordinal, self._part = state["next"]
-        self.served = state["served"]
-        self.waiting, self._volume = [], 0
+        self.waiting, self.entered, self._volume = [], [], 0
         ordinal = entered = 0
         for row in filter(None, state["waiting"].split(",")):
             step, part, later = map(int, row.split())
             ordinal, entered = ordinal + step, entered + later
-            drawn = self.order[ordinal]
-            whole = drawn.tokens <= self._tokens and drawn.panels <= self._images
-            cut = None if whole else self._cuts_of(ordinal, drawn)[part]
-            tokens, panels = (drawn.tokens, drawn.panels) if cut is None else (cut.tokens, cut.panels)
-            self.waiting.append(Waiting(ordinal, drawn, part, tokens, panels, entered, cut))
-            self._volume += self._size(self.waiting[-1])
+            document = self.order[ordinal]
+            if document.tokens > self._tokens or document.panels > self._images:
+                cut = self._cuts_of(document)[part]
+                document = document._replace(tokens=cut.tokens, panels=cut.panels, part=part, cut=cut)
+            self.waiting.append(document)
+            self.entered.append(entered)
+            self._volume += document.tokens * self._images + document.panels * self._tokens
+        self._next, self._part = state["next"]
+        self.served = state["served"]

@@ -3,11 +3,11 @@
 from collections.abc import Sequence
 
 from mmtrain.config.tokens import TokenKind
+from mmtrain.data.columns import Columns, Index
 from mmtrain.data.image import Canvas
 from mmtrain.data.index import Shard
-from mmtrain.data.ordering import Sizer
-from mmtrain.data.record import Index, IndexEntry, IndexHeader, Segment
-from mmtrain.data.window import Planned
+from mmtrain.data.ordering import Planned, Sizer
+from mmtrain.data.record import IndexEntry, IndexHeader, Segment
 
 IMAGE_TOKENS = 4
 SIZER = Sizer(Canvas(16, 16), IMAGE_TOKENS)
@@ -28,22 +28,26 @@ def source(name: str, documents: Sequence[Sequence[Segment] | None], per_shard: 
             IndexEntry(f"{name}-{start + at}", 0, 0, "text", (), tuple(row or ()), "" if row else "broken")
             for at, row in enumerate(rows)
         )
-        path = f"{name}/{start}.tar"
-        digest = repr(entries)
-        header = IndexHeader(1, "tokenizer", path, 0, digest, len(rows), sum(not row for row in rows), 0, 0, 0)
-        _INDEXES[path, digest] = Index(path, header, entries)
-        shards.append(Shard(path, header))
+        path = f"{name}/{start}"
+        header = IndexHeader(2, "tokenizer", f"{start}.tar", 0, repr(entries), len(rows), 0, 0, 0, 0)
+        _INDEXES[f"{path}.index"] = Index(f"{path}.tar", header, Columns.of(entries))
+        shards.append(Shard(f"{path}.tar", header, f"{path}.index"))
     return shards
 
 
-_INDEXES: dict[tuple[str, str], Index] = {}
+_INDEXES: dict[str, Index] = {}
 
 
-def read(shard: Shard) -> Index:
-    """What `read_index` is for files."""
-    return _INDEXES[shard.path, shard.header.members_sha256]
+def read(path: str) -> Index:
+    """What `read_index` is for files; of sources with one name, the last one made."""
+    return _INDEXES[path]
+
+
+def entry_of(planned: Planned) -> IndexEntry:
+    """The sample behind a planned document."""
+    return read(planned.index).columns.entry(planned.row)
 
 
 def names(packs: Sequence[Sequence[Planned]]) -> list[list[tuple[str, object]]]:
     """Packs as comparable values."""
-    return [[(planned.entry.key, planned.cut) for planned in pack] for pack in packs]
+    return [[(entry_of(planned).key, planned.cut) for planned in pack] for pack in packs]

@@ -1,13 +1,17 @@
 import dataclasses
+import hashlib
+import io
 import json
 import os
 import tarfile
 import zlib
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from mmtrain.config.errors import DataError
+from mmtrain.data.columns import COLUMNS
 from mmtrain.data.documents import BadSample, decode_document
 from mmtrain.data.index import build_index, index_path, open_folder, read_index, write_index
 from mmtrain.data.record import ImagePart, Text
@@ -33,7 +37,7 @@ def indexed(folder: Path, samples: list = GOOD, per_shard: int = 100) -> Path:
 
 def test_every_entry_is_what_the_loader_decodes(tmp_path: Path) -> None:
     (shard,) = open_folder(indexed(tmp_path), tokenizer())
-    index = read_index(shard)
+    index = read_index(shard.index)
     assert [entry.key for entry in index.entries] == ["cap", "talk", "text"]
     for entry, (_, files) in zip(index.entries, GOOD, strict=True):
         read = read_members(index.path, entry)
@@ -50,7 +54,7 @@ def test_every_entry_is_what_the_loader_decodes(tmp_path: Path) -> None:
 
 def test_the_header_counts_what_the_entries_hold(tmp_path: Path) -> None:
     (shard,) = open_folder(indexed(tmp_path, [*GOOD, ("bad", {"txt": b"alone"})]), tokenizer())
-    entries, header = read_index(shard).entries, shard.header
+    entries, header = read_index(shard.index).entries, shard.header
     assert (header.samples, header.unusable) == (4, 1)
     assert header.tokens == sum(segment.tokens for entry in entries for segment in entry.segments)
     assert header.supervised == sum(segment.supervised for entry in entries for segment in entry.segments)
@@ -66,7 +70,7 @@ def test_writing_and_reading_keeps_everything(tmp_path: Path) -> None:
     assert damage == "" and list(tmp_path.glob("*.partial")) == []
     first = path.read_bytes()
     (shard,) = open_folder(tmp_path, tokenizer())
-    assert read_index(shard) == built
+    assert read_index(shard.index) == built
     assert write_index(built).read_bytes() == first
 
 
@@ -100,7 +104,7 @@ def test_half_a_sample_at_the_end_of_a_truncated_tar_is_recorded(tmp_path: Path)
     assert damage == f"the tar ends early, at byte {tar.stat().st_size}"
     assert index.entries[0] == whole.entries[0]
     write_index(index)
-    assert read_index(open_folder(tmp_path, tokenizer())[0]) == index
+    assert read_index(open_folder(tmp_path, tokenizer())[0].index) == index
     with pytest.raises(BadSample, match="the tar ends early"):
         decode_document(index.entries[1], {}, tokenizer(), "s.tar")
 
@@ -151,43 +155,89 @@ def test_indexes_that_are_missing_or_stale(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=rf"000000.tar: {size} bytes, but \d+ when indexed; {remedy}"):
         open_folder(tmp_path, tokenizer())
     index_path(tars[0]).unlink()
-    with pytest.raises(DataError, match=rf"000000.tar: no index beside it \(shard-000000.index.jsonl\); {remedy}"):
+    with pytest.raises(DataError, match=rf"000000.tar: no index beside it \(shard-000000.index\); {remedy}"):
         open_folder(tmp_path, tokenizer())
 
 
+def spoilt(path: Path, line: dict | bytes | None = None, payload: bytes | None = None) -> Path:
+    """An index with other header fields (or another first line) or other columns; its hash made to fit the columns."""
+    first, _, columns = path.read_bytes().partition(b"\n")
+    columns = columns if payload is None else payload
+    if not isinstance(line, bytes):
+        fields = {**json.loads(first), "payload_sha256": hashlib.sha256(columns).hexdigest(), **(line or {})}
+        line = json.dumps({name: value for name, value in fields.items() if value is not None}).encode()
+    path.write_bytes(line + b"\n" + columns)
+    return path
+
+
 @pytest.mark.parametrize(
-    ("line", "text", "message"),
+    ("line", "message"),
     [
-        (0, "{", "broken first line"),
-        (0, '{"version": 1}', "broken first line"),
-        (2, '{"key": "x"}', "broken entry"),
-        (2, "oops", "broken entry"),
-        (2, None, "2 entries that are not the 3 of its header"),
+        (b"{", "broken first line"),
+        (b'{"version": 2}', "broken first line"),
+        (b"[" * 100_000, "broken first line"),
+        ({"samples": None}, "broken first line"),
+        ({"samples": "3"}, "broken first line"),
+        ({"lengths": [1]}, "broken first line"),
+        ({"payload_sha256": "0"}, r"its \d+ bytes of columns are not those that were written"),
+        ({"lengths": {"key": 1}}, "broken columns"),
+        ({"samples": 4}, "3 samples that are not the 4 of its first line"),
     ],
 )
-def test_broken_index_files(tmp_path: Path, line: int, text: str | None, message: str) -> None:
-    path = index_path(next(indexed(tmp_path).glob("*.tar")))
-    lines = path.read_text("utf-8").splitlines()
-    lines[line : line + 1] = [] if text is None else [text]
-    path.write_text("\n".join(lines) + "\n", "utf-8")
+def test_broken_index_files(tmp_path: Path, line: dict | bytes, message: str) -> None:
+    path = spoilt(index_path(next(indexed(tmp_path).glob("*.tar"))), line)
     with pytest.raises(DataError, match=rf"index {path}: {message}.*; run `python -m tools.make_shards wds"):
-        read_index(open_folder(tmp_path, tokenizer())[0])
+        read_index(path)
 
 
-def test_an_index_of_another_tar_is_refused(tmp_path: Path) -> None:
+def test_columns_that_lead_nowhere_are_refused(tmp_path: Path) -> None:
+    """Also where whoever spoilt them made the hash fit."""
     path = index_path(next(indexed(tmp_path).glob("*.tar")))
-    lines = path.read_text("utf-8").splitlines()
-    lines[1], lines[2] = lines[2], lines[1]
-    path.write_text("\n".join(lines) + "\n", "utf-8")
-    with pytest.raises(DataError, match="3 entries that are not the 3 of its header; run `python"):
-        read_index(open_folder(tmp_path, tokenizer())[0])
+    good = path.read_bytes()
+    first, _, payload = good.partition(b"\n")
+    lengths = json.loads(first)["lengths"]
+    at = 0
+    for name, kind in COLUMNS.items():
+        width = np.dtype(kind).itemsize
+        for value in (b"\xff", b"\x7f"):
+            if lengths[name] and not (name in ("key", "reason", "suffix") or (width > 1 and value == b"\x7f")):
+                spoilt(path, payload=payload[:at] + value * width + payload[at + width :])
+                with pytest.raises(DataError, match="broken columns"):
+                    read_index(path)
+                path.write_bytes(good)
+        at += width * lengths[name]
+    spoilt(path, payload=payload[:-4])
+    with pytest.raises(DataError, match="broken columns"):
+        read_index(path)
+
+
+def test_an_index_whose_tar_is_gone(tmp_path: Path) -> None:
+    next(indexed(tmp_path).glob("*.tar")).unlink()
+    with pytest.raises(DataError, match=r"index .*000000.index: its tar shard-000000.tar is gone; restore it, or del"):
+        open_folder(tmp_path, tokenizer())
+
+
+def test_names_that_are_no_utf8_and_odd_reasons_survive(tmp_path: Path) -> None:
+    path = tmp_path / "odd.tar"
+    lone = b'{"kind": "text", "texts": [null], "images": ["\\ud800"]}'
+    with tarfile.open(path, "w", encoding="utf-8", errors="surrogateescape") as tar:
+        for name, body in (("a\udcff\n.txt", b"x"), ("b.json", lone)):
+            info = tarfile.TarInfo(name)
+            info.size = len(body)
+            tar.addfile(info, io.BytesIO(body))
+    built, _ = build_index(path, tokenizer())
+    found = read_index(write_index(built))
+    assert found == built and [entry.key for entry in found.entries] == ["a\udcff\n", "b"]
+    assert found.entries[1].unusable == "member \\ud800 is missing"
+    assert [found.columns.find(entry.key) for entry in found.entries] == [0, 1]
+    assert found.columns.find("c") is None
 
 
 def test_an_index_of_another_format_is_refused(tmp_path: Path) -> None:
     tar = next(indexed(tmp_path).glob("*.tar"))
     built, _ = build_index(tar, tokenizer())
     write_index(dataclasses.replace(built, header=dataclasses.replace(built.header, version=99)))
-    with pytest.raises(DataError, match="format 99, this code reads 1; run `python"):
+    with pytest.raises(DataError, match="format 99, this code reads 2; run `python"):
         open_folder(tmp_path, tokenizer())
 
 

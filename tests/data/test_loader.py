@@ -195,7 +195,7 @@ def broken(folder: Path, tmp_path: Path) -> Path:
         for file in (folder / name).iterdir():
             (tmp_path / name / file.name).write_bytes(file.read_bytes())
     for shard in open_folder(tmp_path / "captions", tokenizer()):
-        for entry in read_index(shard).entries:
+        for entry in read_index(shard.index).entries:
             member = next(member for member in entry.members if member.suffix == "jpg")
             if entry.key == "c7":
                 with Path(shard.path).open("r+b") as file:
@@ -227,7 +227,7 @@ def test_a_bad_sample_keeps_its_place_as_padding(folder: Path, broken: Path, wor
 
 def test_a_truncated_member_is_a_bad_sample(broken: Path) -> None:
     shard = open_folder(broken / "text", tokenizer())[-1]
-    entries = read_index(shard).entries
+    entries = read_index(shard.index).entries
     recipe = make(broken, sources={"text": Source(str(broken / "text"))}, max_bad_fraction=1.0)
     with Loader(recipe, tokenizer(), 0, 1) as loader:
         os.truncate(shard.path, entries[-1].offset + 600)
@@ -291,7 +291,7 @@ def test_tokens_unlike_the_index_stop_the_run(folder: Path, tmp_path: Path, work
     write_tar(tmp_path / "captions", [caption(n, picture(8, 8).ljust(300, b"\0")) for n in range(30)], 30)
     index(tmp_path / "captions")
     shard = open_folder(tmp_path / "captions", tokenizer())[0]
-    entry = next(entry for entry in read_index(shard).entries if entry.key == "c4")
+    entry = next(entry for entry in read_index(shard.index).entries if entry.key == "c4")
     sources = {"captions": Source(str(tmp_path / "captions"))}
     made = make(tmp_path, sources=sources, sub_images=4, workers=workers)
     text_tokens, per_image = entry.tokens, made.model.connector.num_tokens

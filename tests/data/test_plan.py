@@ -11,10 +11,9 @@ from mmtrain.config.errors import ConfigError, DataError
 from mmtrain.config.schema import Data
 from mmtrain.config.seed import derive
 from mmtrain.data.image import Canvas
-from mmtrain.data.ordering import Sizer, SourceOrder, permutation
+from mmtrain.data.ordering import Planned, Sizer, SourceOrder, permutation
 from mmtrain.data.plan import CURSOR_BYTES, Planner
-from mmtrain.data.window import Planned
-from tests.data.plans import IMAGE, IMAGE_TOKENS, SIZER, names, read, source, text
+from tests.data.plans import IMAGE, IMAGE_TOKENS, SIZER, entry_of, names, read, source, text
 
 DATA = Data(tokenizer="", sequence_length=40, max_images=4, global_batch=2, window=20, max_wait=40, open_shards=2)
 SEGMENT = st.one_of(st.integers(1, 70).map(text), st.just(IMAGE))
@@ -52,17 +51,18 @@ def test_every_sample_of_each_epoch_comes_once_and_budgets_hold(documents, weigh
     while not plan.finished:
         step = plan.next_step()
         assert plan.longest_wait <= DATA.max_wait
-        skipped.update(sample.entry.key for sample in step.skipped)
+        skipped.update(sample.key for sample in step.skipped)
         for pack in step.packs:
             assert sum(planned.tokens for planned in pack) <= DATA.sequence_length
             assert sum(planned.panels for planned in pack) <= DATA.max_images
             for planned in pack:
-                sizes = [SIZER.tokens(segment) for segment in planned.entry.segments]
+                entry = entry_of(planned)
+                sizes = [SIZER.tokens(segment) for segment in entry.segments]
                 cut = planned.cut
                 for number in range(cut.first, cut.last + 1) if cut else range(len(sizes)):
                     start = cut.start if cut and number == cut.first else 0
                     stop = cut.stop if cut and number == cut.last else sizes[number]
-                    covered.update((planned.entry.key, number, token) for token in range(start, stop))
+                    covered.update((entry.key, number, token) for token in range(start, stop))
     expected = Counter(
         {
             (f"s{s}-{d}", number, token): passes
@@ -164,7 +164,7 @@ def test_each_epoch_and_seed_has_its_own_order(per_shard: int) -> None:
     """Of the shards (one sample each) and of the samples in a shard (one shard)."""
 
     def order(seed: int, epoch: int) -> list[str]:
-        made = SourceOrder("s", source("s", PLAIN, per_shard), SIZER, seed, 1, read)
+        made = SourceOrder("s", 0, source("s", PLAIN, per_shard), SIZER, seed, 1, read)
         return [made.entry(made[epoch * len(PLAIN) + place]).key for place in range(len(PLAIN))]
 
     assert sorted(order(0, 0)) == sorted(order(0, 1)) == sorted(order(1, 0)) == sorted(f"s-{n}" for n in range(50))
@@ -181,7 +181,7 @@ def test_a_permutation_sorts_raw_words_of_its_site() -> None:
 
 def test_only_open_shards_are_mixed() -> None:
     plan = planner([PLAIN], (1.0,))
-    shards = [planned.shard for pack in all_packs(plan) for planned in pack]
+    shards = [planned.index for pack in all_packs(plan) for planned in pack]
     far = [abs(shards.index(shard) - max(n for n, s in enumerate(shards) if s == shard)) for shard in set(shards)]
     # A block is 2 shards of 3 samples; the window may hold samples of the blocks before.
     assert max(far) <= 2 * 3 + DATA.window

@@ -34,7 +34,7 @@ def test_raw_data_to_decoded_documents(tmp_path: Path, name: str, template: str)
     assert command(name, source, tmp_path / "out", "--samples-per-shard", "2", "--chat-template", template) == 0
     documents = []
     for shard in open_folder(tmp_path / "out", tokenizer(template)):
-        for entry in read_index(shard).entries:
+        for entry in read_index(shard.index).entries:
             documents.append(decode_document(entry, read_members(shard.path, entry), tokenizer(template), shard.path))
             texts = [part for part in documents[-1].parts if isinstance(part, Text)]
             assert sum(len(text.token_ids) for text in texts) == entry.tokens
@@ -57,7 +57,7 @@ def test_same_input_same_bytes_and_indexing_again_changes_nothing(tmp_path: Path
     for out in ("one", "two"):
         assert command(name, source, tmp_path / out, "--samples-per-shard", "2") == 0
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
-    for path in (tmp_path / "two").glob("*.jsonl"):
+    for path in (tmp_path / "two").glob("*.index"):
         path.unlink()
     assert main(["wds", str(tmp_path / "two"), "--tokenizer", str(tokenizer().path)]) == 0
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
@@ -92,7 +92,7 @@ def test_skip_bad_keeps_the_rest_and_lists_what_it_left_out(tmp_path: Path) -> N
     source = bad_captions(tmp_path / "raw", count=30)
     assert command("captions", source, tmp_path / "out", "--skip-bad") == 0
     (shard,) = open_folder(tmp_path / "out", tokenizer())
-    assert [entry.key for entry in read_index(shard).entries] == ["a-00000000", "a-00000031"]
+    assert [entry.key for entry in read_index(shard.index).entries] == ["a-00000000", "a-00000031"]
     lines = [json.loads(line) for line in (tmp_path / "out" / "skipped.jsonl").read_text().splitlines()]
     assert len(lines) == 30 and lines[0]["where"].endswith("line 2 (key 'gone-00000001')")
     assert lines[0]["why"].startswith("image 'gone.png' does not exist")
@@ -115,7 +115,7 @@ def test_an_output_that_exists_stays_untouched_and_leftovers_go(tmp_path: Path) 
     out.mkdir()  # an empty folder is fine
     assert command("text", source, out) == 0
     before = contents(out)
-    assert set(before) == {"shard-000000.tar", "shard-000000.index.jsonl"} and not (tmp_path / "out.partial").exists()
+    assert set(before) == {"shard-000000.tar", "shard-000000.index"} and not (tmp_path / "out.partial").exists()
     with pytest.raises(DataError, match=r"output .*out: exists already; choose another folder or delete it"):
         make_shards("text", source, tmp_path, out, tokenizer())
     assert contents(out) == before
@@ -136,7 +136,7 @@ def test_img2dataset_folder_is_indexed_in_place(tmp_path: Path, capsys: pytest.C
     shown = capsys.readouterr().out
     assert "unusable, marked in the index: " in shown and "key '000000001': member jpg: not an image" in shown
     (shard,) = open_folder(folder, tokenizer())
-    good, bad = read_index(shard).entries
+    good, bad = read_index(shard.index).entries
     assert (good.kind, good.images, bad.unusable) == ("caption", 1, "member jpg: not an image (no known header)")
     assert (folder / "00000.tar").read_bytes() == before
 
@@ -145,7 +145,7 @@ def test_wds_without_a_usable_sample_writes_no_index(tmp_path: Path) -> None:
     write_tar(tmp_path, [("k", {"txt": b"x"})])
     with pytest.raises(DataError, match=r"no usable sample in 1 shards; the first: .*key 'k': 0 images"):
         index_folder(tmp_path, tokenizer())
-    assert list(tmp_path.glob("*.jsonl")) == []
+    assert list(tmp_path.glob("*.index")) == []
 
 
 def test_summary_counts(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -188,5 +188,5 @@ def test_shards_can_be_moved(tmp_path: Path) -> None:
     assert command("text", raw_folder(tmp_path / "raw")["text"], tmp_path / "out") == 0
     shutil.move(tmp_path / "out", tmp_path / "elsewhere")
     (shard,) = open_folder(tmp_path / "elsewhere", tokenizer())
-    entry = read_index(shard).entries[0]
+    entry = read_index(shard.index).entries[0]
     assert decode_document(entry, read_members(shard.path, entry), tokenizer(), shard.path).key == "t0"

@@ -41,7 +41,7 @@ def test_a_corrupt_image_weighs_nothing(make: Make, shards: Path, tmp_path: Path
     """The index knows only headers: a broken body is found when the pack is decoded."""
     shutil.copytree(shards / "captions", tmp_path / "captions")
     shard = open_folder(tmp_path / "captions", tokenizer())[0]
-    entry = read_index(shard).entries[1]
+    entry = read_index(shard.index).entries[1]
     member = next(member for member in entry.members if member.suffix == "png")
     with Path(shard.path).open("r+b") as file:
         file.seek(member.offset + 45)  # behind signature, IHDR and the head of IDAT
