@@ -185,6 +185,11 @@ def _start(recipe: Recipe) -> Iterator[str]:
                 f"upcycle.{part} makes experts, but model.{part}.moe.num_experts=0; give model.{part}.moe.num_experts, "
                 f"or set upcycle.{part} to null"
             )
+        if not getattr(recipe.model, part).moe.renormalize:
+            yield (
+                f"upcycle.{part} keeps the dense function only where gates sum to 1, but model.{part}.moe.renormalize="
+                "false; set it to true"
+            )
         if not recipe.init_from:
             yield f"upcycle.{part} copies dense weights, but init_from is empty; give init_from=DENSE_CHECKPOINT"
 

@@ -19,6 +19,8 @@ class Moe:
     """Experts in each sparse layer; 0 leaves the part dense."""
     top_k: int = 2
     """Experts that each token visits."""
+    renormalize: bool = True
+    """Whether a token's gates sum to 1; false keeps the softmax over all experts as it is (OLMoE)."""
     every: int = 1
     """Every n-th layer is sparse (MM1: 2 or 4): layer i, from 0, is sparse when (i + 1) % every == 0."""
     balance: Literal["loss", "bias", "none"] = "loss"
@@ -53,8 +55,10 @@ class Vision:
     """Attention heads; head size = hidden_size / num_heads."""
     intermediate_size: int = 4096
     """Width inside the MLP (of each expert, when sparse)."""
-    activation: Literal["gelu", "quick_gelu"] = "gelu"
-    """Non-linearity of the MLP; CLIP uses quick_gelu."""
+    activation: Literal["gelu", "gelu_tanh", "quick_gelu"] = "gelu"
+    """Non-linearity of the MLP; CLIP uses quick_gelu, SigLIP gelu_tanh."""
+    pixel_norm: Literal["clip", "half"] = "clip"
+    """Mean and std that pixels in [0, 1] are normalised by: CLIP's, or 0.5 of every channel (SigLIP)."""
     class_token: bool = True
     """Whether a learned token precedes the patches (CLIP yes, SigLIP no); it never reaches the connector."""
     patch_bias: bool = False
@@ -99,16 +103,18 @@ class Connector:
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """Llama-3 frequency scaling; factor 1 leaves RoPE alone."""
+    """Stretching of rotary wavelengths; factor 1 leaves RoPE alone."""
 
     factor: float = 1.0
-    """Stretch of the long wavelengths."""
+    """Stretch of the wavelengths."""
     low_freq_factor: float = 1.0
     """Wavelengths above original_length / low_freq_factor are stretched by `factor`."""
     high_freq_factor: float = 4.0
     """Wavelengths below original_length / high_freq_factor are kept."""
     original_length: int = 8192
     """Context length before stretching."""
+    kind: Literal["llama3", "linear"] = "llama3"
+    """Llama-3 stretches the long wavelengths, linear all of them and reads `factor` alone."""
 
 
 @dataclass(frozen=True)
@@ -138,9 +144,11 @@ class Decoder:
     rope_theta: float = 10000.0
     """Base of the rotary frequencies."""
     rope_scaling: RopeScaling = field(default_factory=RopeScaling)
-    """Llama-3 frequency scaling."""
+    """Stretching of rotary wavelengths."""
     qk_norm: bool = False
-    """RMSNorm on each query and key head (Qwen3)."""
+    """RMSNorm on queries and keys, before the rotation."""
+    qk_norm_over: Literal["head", "all"] = "head"
+    """What such a norm spans: each head (Qwen3), or all heads together (OLMoE)."""
     attention_bias: bool = False
     """Biases on the query, key and value projections (Qwen2)."""
     tied: bool = False

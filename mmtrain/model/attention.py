@@ -1,7 +1,7 @@
 """Attention for all parts: grouped queries, rotary positions, isolation of packed documents, a cache for generation."""
 
 import math
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -26,15 +26,18 @@ class Rope(NamedTuple):
 
 
 def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling, device: torch.device) -> torch.Tensor:
-    """Angular frequency of each pair, [head_dim / 2] fp32, with Llama-3 scaling (arXiv:2407.21783).
+    """Angular frequency of each pair, [head_dim / 2] fp32, with linear or Llama-3 scaling (arXiv:2407.21783).
 
-    Wavelengths below original_length / high_freq_factor stay, those above original_length / low_freq_factor are
-    stretched by `factor`, those between are a linear mix in (original_length / wavelength).
+    Linear stretches every wavelength by `factor`. Llama-3: those below original_length / high_freq_factor stay, those
+    above original_length / low_freq_factor are stretched, those between are a linear mix in (original_length /
+    wavelength).
     """
     exponent = torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim
     frequencies = 1.0 / theta**exponent
     if scaling.factor == 1.0:
         return frequencies
+    if scaling.kind == "linear":
+        return frequencies / scaling.factor
     turns = scaling.original_length * frequencies / (2 * math.pi)
     kept = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
     kept = kept.clamp(0.0, 1.0)
@@ -130,16 +133,20 @@ class Attention(nn.Module):
         out_bias: bool,
         d_memory: int | None = None,
         qk_norm_eps: float | None = None,
+        qk_norm_over: Literal["head", "all"] = "head",
     ) -> None:
-        """scale: factor on q.k, None for head_dim ** -0.5. qk_norm_eps: RMSNorm on each query and key head."""
+        """scale: factor on q.k, None for head_dim ** -0.5. qk_norm_eps: RMSNorm on queries and keys, over what."""
         super().__init__()
         d_memory = d_memory or d_model
         self.q = linear(d_model, num_heads * head_dim, qkv_bias)
         self.k = linear(d_memory, num_kv_heads * head_dim, qkv_bias)
         self.v = linear(d_memory, num_kv_heads * head_dim, qkv_bias)
         self.out = linear(num_heads * head_dim, d_model, out_bias)
-        self.q_norm = None if qk_norm_eps is None else RmsNorm(head_dim, qk_norm_eps)
-        self.k_norm = None if qk_norm_eps is None else RmsNorm(head_dim, qk_norm_eps)
+        self.q_norm = self.k_norm = None
+        self.norm_whole = qk_norm_over == "all"
+        if qk_norm_eps is not None:
+            self.q_norm = RmsNorm(num_heads * head_dim if self.norm_whole else head_dim, qk_norm_eps)
+            self.k_norm = RmsNorm(num_kv_heads * head_dim if self.norm_whole else head_dim, qk_norm_eps)
         self.head_dim = head_dim
         self.scale = head_dim**-0.5 if scale is None else scale
         self.grouped = num_heads != num_kv_heads
@@ -149,10 +156,12 @@ class Attention(nn.Module):
     ) -> torch.Tensor:
         """x [B, T, d_model], memory [B, S, d_memory] (x itself when None) -> [B, T, d_model]."""
         memory = x if memory is None else memory
-        q = self.q(x).unflatten(-1, (-1, self.head_dim))
-        k = self.k(memory).unflatten(-1, (-1, self.head_dim))
+        q, k = self.q(x), self.k(memory)
+        if self.q_norm is not None and self.norm_whole:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = (heads.unflatten(-1, (-1, self.head_dim)) for heads in (q, k))
         v = self.v(memory).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-        if self.q_norm is not None:
+        if self.q_norm is not None and not self.norm_whole:
             q, k = self.q_norm(q), self.k_norm(k)
         if view.rope is not None:
             q, k = view.rope.rotate(q), view.rope.rotate(k)

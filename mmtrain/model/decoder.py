@@ -47,6 +47,7 @@ class Decoder(nn.Module):
                     qkv_bias=decoder.attention_bias,
                     out_bias=False,
                     qk_norm_eps=decoder.norm_eps if decoder.qk_norm else None,
+                    qk_norm_over=decoder.qk_norm_over,
                 ),
                 decoder_norm(decoder.norm, d_model, decoder.norm_eps),
                 feed_forward(

@@ -72,6 +72,8 @@ def _activate_into(activation: Activation, x: torch.Tensor, out: torch.Tensor) -
     """mlp.activate without a new tensor."""
     if activation == "gelu":
         return torch.ops.aten.gelu.out(x, out=out)
+    if activation == "gelu_tanh":
+        return torch.ops.aten.gelu.out(x, approximate="tanh", out=out)
     if activation == "quick_gelu":
         return torch.mul(x, QUICK_GELU_SLOPE, out=out).sigmoid_().mul_(x)
     return torch.ops.aten.silu.out(x, out=out)
@@ -81,6 +83,8 @@ def _derive_in_place(activation: Activation, grad: torch.Tensor, x: torch.Tensor
     """grad *= the derivative of mlp.activate at x."""
     if activation == "gelu":
         return torch.ops.aten.gelu_backward.grad_input(grad, x, grad_input=grad)
+    if activation == "gelu_tanh":
+        return torch.ops.aten.gelu_backward.grad_input(grad, x, approximate="tanh", grad_input=grad)
     if activation == "quick_gelu":  # quick_gelu(x) = silu(1.702 x) / 1.702
         return torch.ops.aten.silu_backward.grad_input(grad, x * QUICK_GELU_SLOPE, grad_input=grad)
     return torch.ops.aten.silu_backward.grad_input(grad, x, grad_input=grad)

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from mmtrain.mup.roles import Kind, Role, declare
 
-Activation = Literal["gelu", "quick_gelu", "silu", "swiglu"]
+Activation = Literal["gelu", "gelu_tanh", "quick_gelu", "silu", "swiglu"]
 
 QUICK_GELU_SLOPE = 1.702  # x * sigmoid(1.702 x), CLIP's GELU
 
@@ -32,6 +32,8 @@ def activate(activation: Activation, x: torch.Tensor) -> torch.Tensor:
     """The non-linearity, element by element. For swiglu that is SiLU: its product with `up` is the caller's."""
     if activation == "gelu":
         return F.gelu(x)
+    if activation == "gelu_tanh":
+        return F.gelu(x, approximate="tanh")
     if activation == "quick_gelu":
         return x * torch.sigmoid(QUICK_GELU_SLOPE * x)
     return F.silu(x)

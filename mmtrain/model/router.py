@@ -36,7 +36,7 @@ class Choice(NamedTuple):
     expert_ids: torch.Tensor
     """[N, k] int64, the k different experts of each token."""
     gates: torch.Tensor
-    """[N, k] fp32, their weights; each row sums to 1."""
+    """[N, k] fp32, their weights; each row sums to 1 unless the layer does not renormalise."""
 
 
 class Router(nn.Module):
@@ -55,13 +55,15 @@ class Router(nn.Module):
 def choose(moe: Moe, logits: torch.Tensor, bias: torch.Tensor) -> Choice:
     """The top_k experts of each token. Gates are the softmax over all experts, renormalised over the chosen ones.
 
-    That renormalised softmax is the softmax of the chosen logits alone, which is how it is computed here. With
+    That renormalised softmax is the softmax of the chosen logits alone, which is how it is computed here. Without
+    `renormalize` gates are the chosen entries of the softmax over all experts. With
     `balance: bias` the bias [E] takes part in the selection and not in the gates (arXiv:2408.15664, eq. 3).
     """
     ranking = logits.detach().softmax(-1) + bias if moe.balance == "bias" else logits.detach()
     expert_ids = ranking.topk(moe.top_k, dim=-1).indices
-    gates = logits.gather(-1, expert_ids).softmax(-1)
-    return Choice(logits, expert_ids, gates)
+    if moe.renormalize:
+        return Choice(logits, expert_ids, logits.gather(-1, expert_ids).softmax(-1))
+    return Choice(logits, expert_ids, logits.softmax(-1).gather(-1, expert_ids))
 
 
 def losses(

@@ -3,6 +3,8 @@
 Letters: N images, P patches, L = P + class token, d width, p patch side.
 """
 
+from typing import Literal
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -17,6 +19,7 @@ from mmtrain.mup.roles import Role
 
 PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's, of pixels in [0, 1]
 PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
+PIXELS = {"clip": (PIXEL_MEAN, PIXEL_STD), "half": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))}
 
 
 def interpolate_positions(
@@ -38,8 +41,9 @@ def interpolate_positions(
 class PatchEmbedding(nn.Module):
     """Convolution whose stride is its kernel: each patch times one matrix."""
 
-    def __init__(self, patch_size: int, d_model: int, bias: bool) -> None:
+    def __init__(self, patch_size: int, d_model: int, bias: bool, pixel_norm: Literal["clip", "half"] = "clip") -> None:
         super().__init__()
+        self.pixel_mean, self.pixel_std = PIXELS[pixel_norm]
         shape = (d_model, 3, patch_size, patch_size)
         self.weight = parameter(shape, Role("input", 3 * patch_size**2, d_model))
         self.bias = parameter((d_model,), Role("vector", None, d_model, init="zeros")) if bias else None
@@ -50,8 +54,8 @@ class PatchEmbedding(nn.Module):
         patches = images.unflatten(3, (-1, side)).unflatten(2, (-1, side))
         patches = patches.permute(0, 2, 4, 1, 3, 5).flatten(1, 2)  # [N, P, 3, p, p]
         if images.dtype == torch.uint8:
-            std = torch.tensor(PIXEL_STD, device=images.device).view(3, 1, 1)
-            mean = torch.tensor(PIXEL_MEAN, device=images.device).view(3, 1, 1)
+            std = torch.tensor(self.pixel_std, device=images.device).view(3, 1, 1)
+            mean = torch.tensor(self.pixel_mean, device=images.device).view(3, 1, 1)
             patches = torch.addcmul(-mean / std, patches.float(), 1 / (255 * std))
         return F.linear(patches.flatten(2).to(self.weight.dtype), self.weight.flatten(1), self.bias)
 
@@ -64,7 +68,7 @@ class VisionEncoder(nn.Module):
         d_model = vision.hidden_size
         head_dim = d_model // vision.num_heads
         rows, columns = vision.grid()
-        self.patch = PatchEmbedding(vision.patch_size, d_model, vision.patch_bias)
+        self.patch = PatchEmbedding(vision.patch_size, d_model, vision.patch_bias, vision.pixel_norm)
         self.class_token = embedding(1, d_model) if vision.class_token else None
         self.positions = embedding(rows * columns + int(vision.class_token), d_model)
         self.pre_norm = LayerNorm(d_model, vision.norm_eps, bias=True) if vision.pre_norm else None

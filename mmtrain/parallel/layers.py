@@ -6,7 +6,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from mmtrain.model.norm import RmsNorm
-from mmtrain.parallel.collectives import enter
+from mmtrain.parallel.collectives import enter, reduce
 from mmtrain.parallel.libraries import ModelParallelConfig, tensor_parallel
 
 
@@ -82,3 +82,19 @@ class SharedGainNorm(RmsNorm):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[*, head_dim] -> [*, head_dim]."""
         return F.rms_norm(x, self.weight.shape, enter(self.weight, self.group), self.eps)
+
+
+class SplitNorm(RmsNorm):
+    """RMSNorm over a width that is split over the group: the mean square is the group's, the gain this rank's part."""
+
+    def __init__(self, weight: torch.nn.Parameter, eps: float, group: dist.ProcessGroup) -> None:
+        torch.nn.Module.__init__(self)
+        self.weight, self.eps, self.group = weight, eps, group
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[*, width / tensor] -> [*, width / tensor]."""
+        wide = x.float()
+        # Every rank uses the sum, so its gradient is a sum over ranks as well: `enter` behind `reduce`.
+        square = enter(reduce(wide.square().sum(-1, keepdim=True), self.group), self.group)
+        scale = torch.rsqrt(square / (x.shape[-1] * self.group.size()) + self.eps)
+        return (wide * scale).to(x.dtype) * self.weight

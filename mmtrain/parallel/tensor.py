@@ -2,7 +2,8 @@
 
 | what                      | treatment                                                                       |
 |---------------------------|---------------------------------------------------------------------------------|
-| attention                 | whole heads: q, k, v by output, out by input; gains of q and k norms are shared  |
+| attention                 | whole heads: q, k, v by output, out by input; gains of q and k norms are shared, |
+|                           | or cut like the heads where a norm spans all of them                             |
 | MLP                       | gate and up by output, down by input                                            |
 | experts                   | by expert over the expert group; hidden width over the tensor group             |
 | token embedding and head  | by row of the padded vocabulary                                                 |
@@ -27,7 +28,7 @@ from mmtrain.parallel.collectives import enter, reduce
 from mmtrain.parallel.expert import spread
 from mmtrain.parallel.groups import Groups
 from mmtrain.parallel.head import VocabularyHead
-from mmtrain.parallel.layers import ColumnLinear, RowLinear, SharedGainNorm, VocabularyEmbedding
+from mmtrain.parallel.layers import ColumnLinear, RowLinear, SharedGainNorm, SplitNorm, VocabularyEmbedding
 
 
 @dataclass(frozen=True)
@@ -151,7 +152,10 @@ def _cut_attention(model: nn.Module, name: str, module: Attention, groups: Group
     _swap_linear(model, f"{name}.out", False, groups, cut)
     for child in ("q_norm", "k_norm"):
         norm = getattr(module, child)
-        if isinstance(norm, RmsNorm):
+        if isinstance(norm, RmsNorm) and module.norm_whole:
+            weight = nn.Parameter(torch.empty(cut(f"{name}.{child}.weight", 0).shape, device="meta"))
+            setattr(module, child, SplitNorm(weight, norm.eps, groups.tensor))
+        elif isinstance(norm, RmsNorm):
             setattr(module, child, SharedGainNorm(norm, groups.tensor))
     module.register_forward_pre_hook(partial(_enter_inputs, ("memory",), groups), with_kwargs=True)
 

@@ -97,6 +97,15 @@ ONE_RANK = [
         {"upcycle": Upcycle(vision=UpcyclePart()), "model__vision__moe": Moe(num_experts=4)},
         "upcycle.vision copies dense weights, but init_from is empty; give init_from=DENSE_CHECKPOINT",
     ),
+    (
+        {
+            "upcycle": Upcycle(vision=UpcyclePart()),
+            "model__vision__moe": Moe(num_experts=4, renormalize=False),
+            "init_from": "runs/dense",
+        },
+        "upcycle.vision keeps the dense function only where gates sum to 1, but model.vision.moe.renormalize="
+        "false; set it to true",
+    ),
     # data
     (
         {"data__sources": {}},

@@ -10,6 +10,7 @@ from mmtrain.model.mlp import Activation, activate
 KINDS: list[tuple[Activation, bool]] = [
     ("gelu", True),
     ("gelu", False),
+    ("gelu_tanh", True),
     ("quick_gelu", True),
     ("silu", True),
     ("silu", False),

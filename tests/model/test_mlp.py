@@ -1,5 +1,7 @@
 """The dense feed-forward layer is its textbook formula, and makes no values of its own."""
 
+import math
+
 import pytest
 import torch
 
@@ -16,6 +18,7 @@ def filled(activation: Activation, bias: bool) -> Mlp:
 
 FORMULAS = {
     "gelu": lambda x: 0.5 * x * (1 + torch.erf(x / 2**0.5)),
+    "gelu_tanh": lambda x: 0.5 * x * (1 + torch.tanh((2 / math.pi) ** 0.5 * (x + 0.044715 * x**3))),
     "quick_gelu": lambda x: x / (1 + torch.exp(-1.702 * x)),
     "silu": lambda x: x / (1 + torch.exp(-x)),
 }
@@ -40,7 +43,7 @@ def test_swiglu_gates_up_by_silu() -> None:
 
 
 def test_unknown_activation_is_an_error_with_the_known_ones() -> None:
-    with pytest.raises(ValueError, match="'relu' is none of gelu, quick_gelu, silu, swiglu"):
+    with pytest.raises(ValueError, match="'relu' is none of gelu, gelu_tanh, quick_gelu, silu, swiglu"):
         Mlp(2, 2, 2, "relu", bias=False)
 
 

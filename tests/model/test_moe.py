@@ -65,7 +65,8 @@ def assert_equal_layers(layer: SparseMlp, x: torch.Tensor) -> None:
 
 
 @pytest.mark.parametrize(
-    ("activation", "bias"), [("gelu", True), ("quick_gelu", True), ("silu", True), ("silu", False), ("swiglu", False)]
+    ("activation", "bias"),
+    [("gelu", True), ("gelu_tanh", True), ("quick_gelu", True), ("silu", True), ("silu", False), ("swiglu", False)],
 )
 @pytest.mark.parametrize("top_k", [1, 2, 5])
 def test_sparse_layer_equals_a_loop_over_tokens(activation: Activation, bias: bool, top_k: int) -> None:

@@ -33,6 +33,16 @@ def shares(logits: torch.Tensor) -> torch.Tensor:
     return chosen.mean(0)
 
 
+def test_gates_are_entries_of_the_softmax_where_a_layer_does_not_renormalise() -> None:
+    logits, _ = case()
+    logits = logits.reshape(-1, E)
+    kept = choose(Moe(num_experts=E, top_k=K, renormalize=False), logits, torch.zeros(E))
+    whole = choose(Moe(num_experts=E, top_k=K), logits, torch.zeros(E))
+    assert torch.equal(kept.expert_ids, whole.expert_ids)
+    torch.testing.assert_close(kept.gates, logits.softmax(-1).topk(K).values)
+    torch.testing.assert_close(kept.gates / kept.gates.sum(-1, keepdim=True), whole.gates)
+
+
 def test_z_loss_is_the_mean_square_of_logsumexp_over_valid_tokens() -> None:
     logits, valid = case()
     _, z, _ = measure(Moe(num_experts=E, top_k=K), logits, valid, 11.0)
