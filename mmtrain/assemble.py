@@ -69,7 +69,7 @@ def assemble(recipe: Recipe, groups: Groups) -> Assembly:
     model, registry = blueprint(recipe)
     weights = Weights(recipe, registry, groups)
     if weights.report:
-        log.info("weights from %s\n%s", recipe.init_from, weights.report)
+        log.info("weights from %s\n%s", weights.label, weights.report)
     engine = Engine.build(model, recipe, groups, lambda named: param_groups(named, registry, recipe), weights.make)
     return Assembly(engine, registry)
 

@@ -51,7 +51,7 @@ class Watch:
         keep = recipe.checkpoint
         self._saver = Saver(self._out, groups, keep.keep_last, keep.keep_every, keep.keep_best)
         self._meter = Meter(groups.device, peak_flops(groups.device, groups.world))
-        self._tokenizer_file = tokenizer.path.read_bytes()
+        self._tokenizer_files = tokenizer.files()
         self._counters = Counter({name: int(value) for name, value in done.metrics.items() if "/" in name})
         self._measured: Measured | None = None
         self._record: StepRecord | None = None
@@ -156,7 +156,7 @@ class Watch:
             skips=skips,
         )
         with self._meter.paused():
-            self._saver.save(step, engine.pieces(), state, {"tokenizer.json": self._tokenizer_file})
+            self._saver.save(step, engine.pieces(), state, self._tokenizer_files)
 
     def summarise(self, seconds: float, skips: int) -> None:
         """Draw the plots and write report.json. Collective."""

@@ -1,4 +1,5 @@
-"""Where a stage's weights start: muP's initial values, another checkpoint, or dense MLPs copied into experts.
+"""Where a stage's weights start: muP's initial values, another checkpoint of ours, a pretrained Hugging Face folder for
+a part, or dense MLPs copied into experts.
 
 Everything here makes one tensor, or this rank's box of it, at a time.
 """
@@ -7,15 +8,17 @@ from pathlib import Path
 
 import torch
 
-from mmtrain.config.errors import ConfigError
+from mmtrain.config.errors import CheckpointError, ConfigError
 from mmtrain.config.load import load
-from mmtrain.config.schema import Recipe
+from mmtrain.config.schema import PARTS, Recipe, Vision
+from mmtrain.convert.source import Pretrained
 from mmtrain.model.upcycle import Experts, source_of, upcycled
 from mmtrain.model.vision import interpolate_positions
 from mmtrain.mup.init import initial, initial_expert
 from mmtrain.mup.registry import Registry, is_expert
 from mmtrain.parallel.box import Box
 from mmtrain.run.comm import Comm
+from mmtrain.run.manifest import shortened
 from mmtrain.run.reader import Reader, open_weights
 from mmtrain.run.saver import RECIPE
 from mmtrain.run.weights import plan_weights
@@ -29,31 +32,53 @@ def stored_shapes(registry: Registry) -> dict[str, tuple[int, ...]]:
 class Weights:
     """Makes any box of any tensor of a recipe's model, in fp32 on the CPU; the same values in every layout.
 
-    `report` says, where there is an `init_from`, which tensors are loaded, upcycled, interpolated, fresh and unused.
+    `report` says, where there is an `init_from` or pretrained part, which tensors are loaded, upcycled, interpolated,
+    fresh and unused. With both, init_from alone is read.
     """
 
     def __init__(self, recipe: Recipe, registry: Registry, comm: Comm) -> None:
-        """ConfigError, CheckpointError: init_from does not fit."""
+        """ConfigError, CheckpointError: init_from or a pretrained folder does not fit."""
         self._recipe, self._registry = recipe, registry
         shapes = stored_shapes(registry)
-        self._source: Reader | None = None
-        self.report = ""
+        self._source: Reader | Pretrained | None = None
+        self.label = self.report = ""
         if recipe.init_from:
-            self._source = open_weights(Path(recipe.init_from), comm)
+            self._source, self.label = open_weights(Path(recipe.init_from), comm), recipe.init_from
+        elif any(getattr(recipe.model, part).pretrained for part in PARTS):
+            self._source = Pretrained(recipe.model)
+            self.label = self._source.label
+        if self._source is not None:
             given = self._source.shapes()
             origins = {name: source_of(name, given) for name in shapes}
             named = {name: origin.name for name, origin in origins.items() if isinstance(origin, Experts)}
-            self._plan = plan_weights(shapes, given, named)
+            label = "init_from" if recipe.init_from else self.label
+            self._plan = plan_weights(shapes, given, named, label=label)
             self._check_upcycle()
+            self._check_pretrained()
             self.report = self._plan.report(shapes, given)
 
     def _check_upcycle(self) -> None:
         """Dense MLPs become experts in the parts that the recipe names, and nowhere else."""
         parts = {name.partition(".")[0] for name in self._plan.upcycled}
         if unnamed := sorted(part for part in parts if getattr(self._recipe.upcycle, part) is None):
+            what = "init_from " if self._recipe.init_from else ""
             raise ConfigError(
-                f"init_from {self._recipe.init_from} is dense where the recipe has experts in {', '.join(unnamed)}: "
+                f"{what}{self.label} is dense where the recipe has experts in {', '.join(unnamed)}: "
                 f"name them to copy its MLPs into experts, e.g. upcycle.{unnamed[0]}.noise=0"
+            )
+
+    def _check_pretrained(self) -> None:
+        """A pretrained part takes every weight but routers, and leaves none but what the model cuts off."""
+        if not isinstance(self._source, Pretrained):
+            return
+        parts = self._source.parts
+        fresh = [name for name in self._plan.fresh if name.partition(".")[0] in parts and ".router." not in name]
+        lost = [name for name in self._plan.unused if not name.startswith("vision.blocks.")]  # behind select_layer
+        if fresh or lost:
+            raise CheckpointError(
+                f"{self.label}: {len(fresh)} weights of the model have no tensor there ({shortened(fresh) or 'none'}), "
+                f"{len(lost)} tensors no weight in the model ({shortened(lost) or 'none'}). Make the recipe's model "
+                "that of its config.json."
             )
 
     def make(self, name: str, box: Box) -> torch.Tensor:
@@ -84,7 +109,13 @@ class Weights:
 
     def _positions(self, name: str) -> torch.Tensor:
         """Positions of the source's grid on this model's grid."""
-        parent = load(self._source.folder / RECIPE).model.vision
+        parent = self._parent_vision()
         vision = self._recipe.model.vision
         old = self._source.read(self._plan.interpolated[name]).float()
         return interpolate_positions(old, parent.grid(), vision.grid(), vision.class_token)
+
+    def _parent_vision(self) -> Vision:
+        """The source's image tower."""
+        if isinstance(self._source, Pretrained):
+            return self._source.vision
+        return load(self._source.folder / RECIPE).model.vision

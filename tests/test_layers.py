@@ -17,6 +17,7 @@ MAY_IMPORT = {
     "parallel": {"parallel", "config", "model", "mup"},
     "optim": {"optim", "config", "mup"},
     "run": {"run", "config", "parallel"},
+    "convert": {"convert", "config", "parallel.box", "run"},
     "evaluate": {"evaluate", "config", "model", "data"},
 }
 """Package of mmtrain -> what it may import from mmtrain, itself included. train.py may import everything."""

@@ -25,33 +25,16 @@ def main() -> int:
 
 def upcycle(dense: str, path: Path, overrides: list[str], out: Path) -> int:
     """Write the upcycled checkpoint and say what became of which tensor. UserError where the models do not fit."""
-    from mmtrain.assemble import blueprint
-    from mmtrain.config.load import dump, load
-    from mmtrain.model.balance import RouterState
-    from mmtrain.model.build import parameter_counts
-    from mmtrain.parallel.box import Box
-    from mmtrain.run.comm import SingleProcess
-    from mmtrain.run.manifest import RunState
+    from mmtrain.config.load import load
+    from mmtrain.data.tokenizer import Tokenizer
     from mmtrain.run.reader import open_weights
-    from mmtrain.run.saver import write_whole
-    from mmtrain.weights import Weights, stored_shapes
+    from mmtrain.start import write_start
 
     recipe = load(path, [*overrides, f"init_from={dense}"])
-    _, registry = blueprint(recipe)
-    weights = Weights(recipe, registry, SingleProcess())
-    print(weights.report)
-    tokenizer = open_weights(Path(dense)).file("tokenizer.json")
-    state = RunState(
-        optimizer_steps=0,
-        recipe=dump(recipe),
-        mesh={"world": 1, "tensor": 1, "expert": 1, "zero_stage": 0},
-        registry_hash=registry.hash(),
-        routers=RouterState.first(recipe.model).as_json(),
-    )
-    tensors = ((name, weights.make(name, Box.whole(shape))) for name, shape in stored_shapes(registry).items())
-    folder = write_whole(out, 0, tensors, state, {"tokenizer.json": tokenizer})
-    count = parameter_counts(recipe.model)["all"]
-    print(f"{folder}: {count.total:,} parameters, {count.active:,} active for a token")
+    tokenizer = Tokenizer(open_weights(Path(dense)).folder, recipe.data.chat_template)
+    started = write_start(recipe, tokenizer, out)
+    print(started.report)
+    print(f"{started.folder}: {started.count.total:,} parameters, {started.count.active:,} active for a token")
     return 0
 
 

@@ -55,15 +55,19 @@ def check(recipe: Recipe, world_size: int) -> None:
         raise ConfigError(f"{heading}: {found[0]}") if len(found) == 1 else together(heading, found)
 
 
+def check_model(recipe: Recipe) -> None:
+    """Raise one ConfigError with every reason why the recipe's model and its start cannot be, wherever it would run."""
+    found = list(_numbers(recipe)) or [*_model(recipe.model), *_start(recipe), *_mup(recipe)]
+    if found:
+        raise together(f"recipe {recipe.name}", found)
+
+
 def problems(recipe: Recipe, world_size: int) -> Iterator[str]:
     """Every rule that `recipe` breaks on `world_size` ranks."""
     if impossible := list(_numbers(recipe)):
         yield from impossible  # the rules below divide by these numbers
         return
-    yield from _vision(recipe.model)
-    yield from _connector(recipe.model)
-    yield from _decoder(recipe.model)
-    yield from _experts(recipe.model)
+    yield from _model(recipe.model)
     yield from _start(recipe)
     yield from _data(recipe)
     yield from _length(recipe)
@@ -98,6 +102,14 @@ def _numbers(recipe: Recipe) -> Iterator[str]:
 
 def _matches(key: str, patterns: Sequence[str]) -> bool:
     return any(fnmatchcase(key, pattern) for pattern in patterns)
+
+
+def _model(model: Model) -> Iterator[str]:
+    """The network by itself."""
+    yield from _vision(model)
+    yield from _connector(model)
+    yield from _decoder(model)
+    yield from _experts(model)
 
 
 def _vision(model: Model) -> Iterator[str]:
@@ -170,10 +182,15 @@ def _experts(model: Model) -> Iterator[str]:
 
 def _start(recipe: Recipe) -> Iterator[str]:
     """Where weights come from."""
-    if recipe.requires_pretrained and not recipe.init_from:
+    model = recipe.model
+    if (
+        recipe.requires_pretrained
+        and not recipe.init_from
+        and not (model.vision.pretrained and model.decoder.pretrained)
+    ):
         yield (
             "init_from is empty: this recipe starts from pretrained weights and makes no sense without them; "
-            "give init_from=CHECKPOINT"
+            "give init_from=CHECKPOINT, or model.vision.pretrained=FOLDER and model.decoder.pretrained=FOLDER"
         )
     if not recipe.trainable:
         yield "trainable is empty, so nothing would learn; trainable: ['*'] trains everything"
@@ -190,8 +207,11 @@ def _start(recipe: Recipe) -> Iterator[str]:
                 f"upcycle.{part} keeps the dense function only where gates sum to 1, but model.{part}.moe.renormalize="
                 "false; set it to true"
             )
-        if not recipe.init_from:
-            yield f"upcycle.{part} copies dense weights, but init_from is empty; give init_from=DENSE_CHECKPOINT"
+        if not recipe.init_from and not getattr(recipe.model, part).pretrained:
+            yield (
+                f"upcycle.{part} copies dense weights, but init_from is empty; give init_from=DENSE_CHECKPOINT or "
+                f"model.{part}.pretrained=FOLDER"
+            )
 
 
 def _data(recipe: Recipe) -> Iterator[str]:
@@ -207,6 +227,12 @@ def _data(recipe: Recipe) -> Iterator[str]:
             f"data.sequence_length={data.sequence_length} holds no text beside one image of "
             f"{frames} x {tokens} = {frames * tokens} tokens (1 + data.sub_images={data.sub_images}, "
             f"model.connector.num_tokens={tokens}); the least is {frames * tokens + 1}"
+        )
+    window = recipe.model.decoder.sliding_window
+    if 0 < window < data.sequence_length:
+        yield (
+            f"data.sequence_length={data.sequence_length} is longer than the {window} positions that the decoder "
+            f"attends back to (model.decoder.sliding_window); the nearest is {window}"
         )
     if data.max_images < frames:
         yield (

@@ -15,7 +15,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from mmtrain.config.errors import ConfigError
 from mmtrain.config.keys import bare, child, hint, is_section, leaves, sections, together, wanted
-from mmtrain.config.schema import Recipe
+from mmtrain.config.pretrained import CONFIG, describe
+from mmtrain.config.schema import PARTS, Recipe
 
 COMMAND_LINE = "command line"
 DEFAULT = "default"
@@ -51,6 +52,8 @@ def load_with_origins(path: Path | str, overrides: Sequence[str] = ()) -> tuple[
     origins: dict[str, str] = {}
     for layer in layers:
         config = _apply(config, layer, origins, problems)
+    for part in PARTS:
+        config = _from_pretrained(config, part, origins, problems)
     if whole:
         told = "\n".join(problems)
         for key in sorted(OmegaConf.missing_keys(config)):
@@ -191,6 +194,40 @@ def _leaves(
             problems.append(f"{origin}: {'.'.join(here)}: {value!r} refers to another value; write the value itself")
         else:
             yield Leaf(here, value, inner)
+
+
+def _from_pretrained(config: DictConfig, part: str, origins: dict[str, str], problems: list[str]) -> DictConfig:
+    """`config` with what the part's pretrained folder says and no layer set; disagreements become a problem."""
+    section, prefix = config.model[part], f"model.{part}"
+    if not (folder := section.pretrained):
+        return config
+    keys = [key for key, _ in leaves(OmegaConf.to_object(section), f"{prefix}.")]
+    if not Path(folder).is_dir() and all(key in origins for key in keys):
+        return config  # a checkpoint's own recipe: it says everything, and the folder may be long gone
+    try:
+        found = describe(Path(folder), part)
+    except ConfigError as error:
+        problems.append(f"{prefix}.pretrained: {error}")
+        return config
+    free = dict(found.free)
+    if part == "connector":
+        rows, columns = OmegaConf.to_object(config.model.vision).grid()
+        free["num_tokens"] = rows * columns
+    given = {f"{prefix}.{name}": (name, value) for name, value in {**found.fixed, **free}.items()}
+    differing = [
+        f"{key}={OmegaConf.select(section, name)}, there it is {value}"
+        for key, (name, value) in given.items()
+        if key in origins and name in found.fixed and OmegaConf.select(section, name) != value
+    ]
+    if f"{prefix}.vocab_size" in origins and section.vocab_size < free["vocab_size"]:
+        differing.append(f"{prefix}.vocab_size={section.vocab_size}, there are {free['vocab_size']}; it can only grow")
+    if differing:
+        problems.append(f"{prefix}.pretrained={folder} disagrees with the recipe: {'; '.join(differing)}")
+    if part == "decoder":
+        given["data.tokenizer"] = ("tokenizer", folder)
+    new = {key: value for key, (_, value) in given.items() if key not in origins}
+    origins.update(dict.fromkeys(new, f"{folder}/{CONFIG}"))
+    return OmegaConf.merge(config, _tree([Leaf(tuple(key.split(".")), value, None) for key, value in new.items()]))
 
 
 def _tree(found: Sequence[Leaf]) -> dict[str, Any]:

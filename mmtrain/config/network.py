@@ -73,6 +73,9 @@ class Vision:
     """Layer whose output is the features: -1 the last, -2 the one before (LLaVA, CuMo). Later layers are not built."""
     moe: Moe = field(default_factory=Moe)
     """Experts in the tower's MLPs."""
+    pretrained: str = ""
+    """Hugging Face folder (CLIP, SigLIP, LLaVA) whose config.json gives the shapes; its weights start the part unless
+    init_from is given."""
 
     def grid(self) -> tuple[int, int]:
         """Patches along height and width."""
@@ -99,6 +102,8 @@ class Connector:
     """Heads of the cross-attention (attention_pool)."""
     moe: Moe = field(default_factory=Moe)
     """Experts in the MLP at the connector's end (one layer; `every` has no meaning here)."""
+    pretrained: str = ""
+    """Hugging Face folder (LLaVA) whose weights start the part unless init_from is given."""
 
 
 @dataclass(frozen=True)
@@ -153,8 +158,13 @@ class Decoder:
     """Biases on the query, key and value projections (Qwen2)."""
     tied: bool = False
     """Whether the head is the token embedding."""
+    sliding_window: int = 0
+    """Positions that a pretrained decoder attends back to, 0 for all; packs may not be longer."""
     moe: Moe = field(default_factory=Moe)
     """Experts in the decoder's MLPs."""
+    pretrained: str = ""
+    """Hugging Face folder (Llama, Mistral, Qwen, Mixtral, OLMoE, LLaVA) whose config.json gives the shapes; its weights
+    start the part unless init_from is given."""
 
     def padded_vocab(self) -> int:
         """Rows of embedding and head: the vocabulary rounded up to a multiple of 128 in every layout."""

@@ -9,6 +9,9 @@ ALWAYS_FREE = (
     "steps",
     "epochs",
     "requires_pretrained",
+    "model.vision.pretrained",  # where weights started; an interrupted run's are in its checkpoint
+    "model.connector.pretrained",
+    "model.decoder.pretrained",
     "resume",
     "resume_allow",
     "log",

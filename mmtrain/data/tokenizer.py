@@ -11,6 +11,8 @@ from tokenizers import Tokenizer as FastTokenizer
 from mmtrain.config.errors import DataError
 from mmtrain.data.chat import CHAT_TOKENS, END_OF_TEXT, IMAGE_MARK, TemplateName, template_named
 
+CONFIG = "tokenizer_config.json"
+
 PAD, END = "<pad>", "<eos>"
 
 KNOWN_ENDS = (END, "</s>", "<|endoftext|>", "<|end_of_text|>", "<|im_end|>", "<eos_token>")
@@ -65,6 +67,11 @@ class Tokenizer:
         self.hash: str = hashlib.sha256(content + b"\0" + identity).hexdigest()
         """Identity of everything that can change a token count: file content, template and special tokens."""
 
+    def files(self) -> dict[str, bytes]:
+        """What a checkpoint must hold to load it again: name -> content."""
+        beside = self.path.parent / CONFIG
+        return {"tokenizer.json": self.path.read_bytes()} | ({CONFIG: beside.read_bytes()} if beside.is_file() else {})
+
     def special_id(self, name: str) -> int:
         """Id of the special token `name`; END_OF_TEXT means `eos`. DataError if the tokenizer has no such token."""
         number = self._fast.token_to_id(self.eos if name == END_OF_TEXT else name)
@@ -118,7 +125,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int, out: str | Path) -> Path:
 
 def _end_token(fast: FastTokenizer, path: Path) -> str:
     """Content of the end-of-text token; DataError if none can be found."""
-    config = path.parent / "tokenizer_config.json"
+    config = path.parent / CONFIG
     names = list(KNOWN_ENDS)
     if config.is_file():
         declared = json.loads(config.read_text("utf-8")).get("eos_token")

@@ -79,11 +79,13 @@ def plan_weights(
     source: Shapes,
     origins: Mapping[str, str] | None = None,
     resized: Collection[str] = ("vision.positions",),
+    label: str = "init_from",
 ) -> WeightPlan:
     """Decide where every tensor of `target` (name -> global shape) comes from.
 
     origins   target name -> source name where they differ (model.upcycle's map); any other name stands for itself
     resized   names whose first dimension may differ, because they are interpolated
+    label     what errors call the source
 
     CheckpointError: nothing at all fits (a wrong path, or names of another library), or a shape differs in another way.
     """
@@ -106,14 +108,14 @@ def plan_weights(
             wrong.append(f"{name} is {list(wanted)}, {origin} in the checkpoint is {list(given)}")
     if wrong:
         raise CheckpointError(
-            f"init_from: {len(wrong)} shapes do not fit: {shortened(wrong)}. "
+            f"{label}: {len(wrong)} shapes do not fit: {shortened(wrong)}. "
             "Set the model's sizes to the checkpoint's, or name a checkpoint of this model."
         )
     used = {*plan.loaded.values(), *plan.upcycled.values(), *plan.interpolated.values()}
     plan.unused = [name for name in source if name not in used]
     if not used:
         raise CheckpointError(
-            f"init_from: none of the checkpoint's {len(source)} tensors ({shortened(list(source), 2)}) is one of the "
+            f"{label}: none of the checkpoint's {len(source)} tensors ({shortened(list(source), 2)}) is one of the "
             f"model's {len(target)} ({shortened(list(target), 2)}). Is it the right checkpoint?"
         )
     return plan

@@ -85,7 +85,7 @@ ONE_RANK = [
     (
         {"requires_pretrained": True},
         "init_from is empty: this recipe starts from pretrained weights and makes no sense without them; "
-        "give init_from=CHECKPOINT",
+        "give init_from=CHECKPOINT, or model.vision.pretrained=FOLDER and model.decoder.pretrained=FOLDER",
     ),
     ({"trainable": []}, "trainable is empty, so nothing would learn; trainable: ['*'] trains everything"),
     (
@@ -95,7 +95,8 @@ ONE_RANK = [
     ),
     (
         {"upcycle": Upcycle(vision=UpcyclePart()), "model__vision__moe": Moe(num_experts=4)},
-        "upcycle.vision copies dense weights, but init_from is empty; give init_from=DENSE_CHECKPOINT",
+        "upcycle.vision copies dense weights, but init_from is empty; give init_from=DENSE_CHECKPOINT or "
+        "model.vision.pretrained=FOLDER",
     ),
     (
         {

@@ -81,7 +81,7 @@ def test_a_recipe_that_needs_pretrained_weights_says_so_in_header_and_error(name
     path = ROOT / "recipes" / name
     assert "# Needs pretrained weights of" in header(path)
     with pytest.raises(
-        ConfigError, match=r"cannot run on \d+ ranks: init_from is empty: .* give init_from=CHECKPOINT$"
+        ConfigError, match=r"cannot run on \d+ ranks: init_from is empty: .* give init_from=CHECKPOINT, "
     ):
         check(load(path), ranks(path))
 
