@@ -38,8 +38,8 @@ def recipe(optimizer: str = "adamw", parallel: Parallel = Parallel(), experts: i
             vocab_size=150,
             hidden_size=32,
             num_layers=2,
-            num_heads=4,
-            num_kv_heads=2,
+            num_heads=8,
+            num_kv_heads=4,
             head_dim=8,
             intermediate_size=48,
             qk_norm=True,
@@ -60,6 +60,20 @@ def recipe(optimizer: str = "adamw", parallel: Parallel = Parallel(), experts: i
     )
 
 
+def uneven(recipe: Recipe) -> Recipe:
+    """Coefficients that differ by part, and a connector that is balanced by bias alone (see UNUSED)."""
+    model = recipe.model
+    vision = replace(model.vision, moe=replace(model.vision.moe, balance_coef=0.05, z_coef=0.002))
+    moe = replace(model.connector.moe, balance="bias", balance_coef=0.0, bias_rate=0.01)
+    decoder = replace(model.decoder, moe=replace(model.decoder.moe, balance_coef=0.02))
+    connector = replace(model.connector, moe=moe)
+    return replace(recipe, model=replace(model, vision=vision, connector=connector, decoder=decoder))
+
+
+UNUSED = 3
+"""An expert whose bias is -10 where a part is balanced by bias: no token ever chooses it."""
+
+
 class Pack(NamedTuple):
     """One pack of T positions and its images."""
 
@@ -76,7 +90,7 @@ class Pack(NamedTuple):
 
 def packs(model: Model, step: int, seed: int = 0, count: int = GLOBAL_BATCH) -> list[Pack]:
     """The packs of one global batch. Packs of its second half have no image in odd steps; one pack in step 2 has no
-    label, one in step 3 is empty."""
+    label, one in step 3 is empty; the last source ends before step 4."""
     made = []
     for number in range(count):
         generator = torch.Generator().manual_seed(1_000_003 * seed + 1009 * step + number)
@@ -84,6 +98,8 @@ def packs(model: Model, step: int, seed: int = 0, count: int = GLOBAL_BATCH) -> 
         pack = _pack(model, images, step == 3 and number == count - 1, generator)
         if step == 2 and number == 1:
             pack = pack._replace(weights=torch.zeros_like(pack.weights))
+        if step >= 4:
+            pack = pack._replace(source_ids=pack.source_ids % (SOURCES - 1))
         made.append(pack)
     return made
 

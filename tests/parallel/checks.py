@@ -4,7 +4,9 @@ from dataclasses import replace
 
 import torch
 
-from mmtrain.config.schema import Parallel, Recipe
+from mmtrain.config.schema import Moe, Optim, Parallel, Recipe
+from mmtrain.model.upcycle import Copy, Experts, Fresh, source_of
+from mmtrain.optim.groups import param_groups
 from mmtrain.optim.schedule import lr_factor
 from mmtrain.parallel.box import Box
 from mmtrain.parallel.engine import Engine
@@ -21,13 +23,15 @@ def everything(folder: str, parallel: Parallel, steps: int, wanted: str) -> dict
     groups = connect(parallel)
     recipe = tiny.recipe("adamw", parallel)
     records = {name: harness.train(tiny.recipe(name, parallel), groups, steps) for name in ("sgd", "adamw")}
+    reference = Record(**torch.load(wanted, weights_only=False))
+    records["own_eps"] = own_eps(groups, parallel, reference)
     found = {
+        "upcycled": upcycled(parallel, groups),
         "discard": discard(recipe, groups, records["adamw"]),
         "resume": resume(recipe, groups, records["adamw"]),
         "evaluate": evaluate(recipe, groups),
         "frozen": frozen(recipe, groups),
     }
-    reference = Record(**torch.load(wanted, weights_only=False))
     start = reference.state[HALF - 1]
     records["resumed"] = continue_from(recipe, groups, start, reference.counts[HALF - 1], HALF + 2)
     for name, record in records.items():
@@ -39,7 +43,7 @@ def everything(folder: str, parallel: Parallel, steps: int, wanted: str) -> dict
 def one_step(engine: Engine, recipe: Recipe, groups: Groups, step: int, counts, poison: float = 1.0):
     """Forward and backward of step number `step` (from 0); every rank's loss times `poison`."""
     packs = tiny.packs(recipe.model, step)
-    inputs = harness.inputs_of(recipe, packs, counts)
+    inputs = harness.inputs_of(recipe, packs, harness.routers_of(recipe, counts))
     return harness.accumulate(engine, recipe, groups, packs, inputs, accumulation=2, poison=poison)
 
 
@@ -63,7 +67,7 @@ def discard(recipe: Recipe, groups: Groups, record: Record) -> dict[str, object]
     engine = harness.build(recipe, groups)
     counts = None
     for step in range(2):
-        _, counts = one_step(engine, recipe, groups, step, counts)
+        counts = one_step(engine, recipe, groups, step, counts).counts
         engine.step(factor(recipe, step))
     before, lr = harness.snapshot(engine), rates(engine)
     one_step(engine, recipe, groups, 2, counts)
@@ -74,7 +78,7 @@ def discard(recipe: Recipe, groups: Groups, record: Record) -> dict[str, object]
     update = engine.step(0.123)
     poisoned = same(before, harness.snapshot(engine))
     untouched = lr == rates(engine) and engine.updates == 2
-    _, counts = one_step(engine, recipe, groups, 2, counts)
+    counts = one_step(engine, recipe, groups, 2, counts).counts
     engine.step(factor(recipe, 2))
     return {
         "dropped": dropped,
@@ -111,11 +115,71 @@ def continue_from(recipe: Recipe, groups: Groups, start: State, counts: dict[str
     return harness.train(recipe, groups, steps, engine=engine, first=HALF, counts=counts)
 
 
+def own_eps(groups: Groups, parallel: Parallel, reference: Record) -> Record:
+    """One step from each of the reference's states, with the eps that a recipe has when it names none."""
+    recipe = tiny.recipe("adamw", parallel)
+    recipe = replace(recipe, optim=replace(recipe.optim, eps=Optim().eps))
+    engine, record = harness.build(recipe, groups), Record()
+    for step in range(len(reference.state)):
+        counts = None
+        if step:
+            engine.load(reader(reference.state[step - 1]), step)
+            counts = {part: value.float() for part, value in reference.counts[step - 1].items()}
+        one = harness.train(recipe, groups, step + 1, engine=engine, first=step, counts=counts)
+        for name, values in vars(one).items():
+            getattr(record, name).extend(values)
+    return record
+
+
+UPCYCLED = (("vision",), ("connector",), ("decoder",), ("vision", "connector", "decoder"))
+"""Parts that become experts."""
+
+
+def dense_recipe(parallel: Parallel) -> Recipe:
+    """The tiny recipe without experts."""
+    recipe = tiny.recipe("adamw", parallel)
+    return replace(recipe, model=replace(recipe.model, **_with_moe(recipe, ("vision", "connector", "decoder"), Moe())))
+
+
+def _with_moe(recipe: Recipe, parts: tuple[str, ...], moe: Moe) -> dict[str, object]:
+    return {part: replace(getattr(recipe.model, part), moe=moe) for part in parts}
+
+
+def upcycled(parallel: Parallel, groups: Groups) -> dict[tuple[str, ...], dict[str, object]]:
+    """Logits of models that are upcycled from one dense parent; routers of std 1, one expert that nobody chooses."""
+    dense, (_, parent) = dense_recipe(parallel), harness.parts_of(dense_recipe(parallel))
+    moe = Moe(num_experts=4, top_k=2, balance="bias")
+    packs = tiny.packs(dense.model, 0)
+    found = {}
+    for parts in UPCYCLED:
+        recipe = replace(dense, model=replace(dense.model, **_with_moe(dense, parts, moe)))
+        model, registry = harness.parts_of(recipe)
+
+        def make(name: str, box: Box) -> torch.Tensor:
+            match source_of(name, parent.entries):
+                case Copy(origin):
+                    value = harness.start_values(parent, origin)
+                case Experts(origin):
+                    value = torch.stack([harness.start_values(parent, origin)] * moe.num_experts)
+                case Fresh():
+                    draw = torch.Generator().manual_seed(len(name))
+                    value = torch.randn(registry[name].shape, generator=draw)  # noqa: B023 - called in this turn only
+            return value[box.slices()]
+
+        engine = Engine.build(model, recipe, groups, lambda named: param_groups(named, registry, recipe), make)  # noqa: B023
+        inputs = harness.inputs_of(recipe, packs)
+        batch = tiny.collate(recipe.model, packs)
+        counts = engine.evaluate(batch, inputs).counts
+        logits = engine.evaluate(batch, inputs, torch.arange(tiny.GLOBAL_BATCH * tiny.SEQUENCE))
+        found[parts] = {"logits": logits.cpu(), "counts": {part: value.cpu() for part, value in counts.items()}}
+    return found
+
+
 def evaluate(recipe: Recipe, groups: Groups) -> dict[str, object]:
     """The same loss with and without gradients, logits at some positions, and no trace left behind."""
     engine = harness.build(recipe, groups)
     packs = tiny.packs(recipe.model, 0)
-    inputs = harness.inputs_of(recipe, packs, None)
+    inputs = harness.inputs_of(recipe, packs)
     batch = tiny.collate(recipe.model, packs)
     losses = engine.evaluate(batch, inputs)
     positions = torch.arange(0, 64, 5)
@@ -134,7 +198,7 @@ def frozen(recipe: Recipe, groups: Groups) -> dict[str, object]:
     recipe = replace(recipe, trainable=["connector.*"])
     engine = harness.build(recipe, groups)
     before = harness.snapshot(engine)
-    loss, counts = one_step(engine, recipe, groups, 0, None)
+    loss, _, counts = one_step(engine, recipe, groups, 0, None)
     update = engine.step(1.0)
     one_step(engine, recipe, groups, 1, counts)
     engine.step(1.0)
@@ -142,7 +206,7 @@ def frozen(recipe: Recipe, groups: Groups) -> dict[str, object]:
     moved = [name for kind, name in before if kind == "param" and has_moved(before, harness.snapshot(engine), name)]
     engine.load(reader({key: value + 1 for key, value in whole.items()}), 2)
     shifted = harness.gather(engine, groups)
-    other, _ = one_step(engine, recipe, groups, 0, None)
+    other = one_step(engine, recipe, groups, 0, None).loss
     engine.discard()
     engine.load(reader(harness.assemble(groups.all_gather_object(before)) | moments(whole)), 2)
     return {
@@ -150,7 +214,7 @@ def frozen(recipe: Recipe, groups: Groups) -> dict[str, object]:
         "names": sorted(name for kind, name in whole if kind == "param"),
         "parts": sorted(update.part_norms),
         "loaded": [" ".join(key) for key, value in whole.items() if not shifted[key].equal(value + 1)],
-        "losses": (loss, other, one_step(engine, recipe, groups, 0, None)[0]),
+        "losses": (loss, other, one_step(engine, recipe, groups, 0, None).loss),
     }
 
 

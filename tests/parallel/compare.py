@@ -1,6 +1,7 @@
 """The reference's own run, and how far a layout's record is from it."""
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +13,7 @@ from mmtrain.optim.schedule import lr_factor
 from tests import tiny
 from tests.parallel import reference
 from tests.parallel.harness import Record, parts_of, sparse, start_values
+from tests.parallel.reference import Routing
 
 TOLERANCE = 1e-5
 
@@ -21,74 +23,113 @@ def is_rounding(name: str) -> bool:
     return name.startswith("vision.") and name.endswith("attention.k.bias")
 
 
-def whole_batch(recipe: Recipe, step: int) -> tuple[dict[str, torch.Tensor], list[tiny.Pack]]:
-    """All packs of a step as one batch with valid images alone."""
-    packs = tiny.packs(recipe.model, step)
+def join(packs: list[tiny.Pack]) -> dict[str, torch.Tensor]:
+    """Packs as one batch with valid images alone."""
     batch = {name: torch.stack([getattr(pack, name) for pack in packs]) for name in tiny.Pack._fields[:7]}
     batch["images"] = torch.cat([pack.images for pack in packs])
     batch["slots"] = torch.cat([pack.slots + number * tiny.SEQUENCE for number, pack in enumerate(packs)])
-    return batch, packs
+    return batch
 
 
-def reference_run(recipe: Recipe, steps: int, dtype: torch.dtype = torch.float64) -> Record:
-    """`steps` steps of plain PyTorch."""
-    _, registry = parts_of(recipe)
-    scales = forward_scales(recipe.model, base_model_config(recipe.model, recipe.mup.base), recipe.mup)
-    params = {name: start_values(registry, name).to(dtype) for name in registry.entries}
-    hyper = {
-        name: reference.Hyper(*hyperparameters(name, entry, recipe.optim), entry.part)
-        for name, entry in registry.entries.items()
-    }
-    optimizer, record = reference.Optimizer(recipe, hyper), Record()
-    load = {
-        part: torch.full((layers, getattr(recipe.model, part).moe.num_experts), 1.0, dtype=dtype)
-        for part, layers in sparse(recipe).items()
-    }
-    for step in range(steps):
-        batch, packs = whole_batch(recipe, step)
-        batch["weights"] = batch["weights"].to(dtype)
-        leaves = {name: value.detach().clone().requires_grad_() for name, value in params.items()}
-        share = {part: value / value.sum(-1, keepdim=True) for part, value in load.items()}
-        shares = reference.Shares(share, tiny.valid_tokens(recipe.model, packs))
-        loss, routing = reference.forward(leaves, recipe, scales, batch, shares, tiny.label_weight(packs))
-        loss.backward()
-        grads = {name: leaf.grad for name, leaf in leaves.items()}
-        norm, parts = optimizer.step(params, grads, lr_factor(step + 1, recipe.optim, recipe.steps))
-        load = {part: torch.stack(value) for part, value in routing.counts.items()}
-        record.losses.append(float(loss.detach()))
+class Reference:
+    """Plain PyTorch on the tiny recipe, from the initial values; a step at a time.
+
+    cuts  parts that a global batch is run in, one after the other: 1 but for the noise floor.
+    """
+
+    def __init__(self, recipe: Recipe, dtype: torch.dtype = torch.float64, cuts: int = 1) -> None:
+        _, registry = parts_of(recipe)
+        self.recipe, self.dtype, self.cuts = recipe, dtype, cuts
+        self.scales = forward_scales(recipe.model, base_model_config(recipe.model, recipe.mup.base), recipe.mup)
+        self.params = {name: start_values(registry, name).to(dtype) for name in registry.entries}
+        self.optimizer = reference.Optimizer(
+            recipe,
+            {
+                name: reference.Hyper(*hyperparameters(name, entry, recipe.optim), entry.part)
+                for name, entry in registry.entries.items()
+            },
+        )
+        self.load, self.bias = {}, {}
+        for part, layers in sparse(recipe).items():
+            moe = getattr(recipe.model, part).moe
+            self.load[part] = torch.full((layers, moe.num_experts), 1 / moe.num_experts, dtype=dtype)
+            self.bias[part] = torch.zeros((layers, moe.num_experts), dtype=dtype)
+            if moe.balance == "bias":
+                self.bias[part][:, tiny.UNUSED] = -10
+
+    def packs(self, step: int) -> list[tiny.Pack]:
+        """The global batch of a step (from 0)."""
+        return tiny.packs(self.recipe.model, step, count=self.recipe.data.global_batch)
+
+    def forwards(self, leaves: reference.Params, packs: list[tiny.Pack]) -> Iterator[tuple[torch.Tensor, Routing]]:
+        """The loss of each cut of the batch; they add up to the step's."""
+        shares = reference.Shares(self.load, tiny.valid_tokens(self.recipe.model, packs), self.bias)
+        size = len(packs) // self.cuts
+        for start in range(0, len(packs), size):
+            batch = join(packs[start : start + size])
+            batch["weights"] = batch["weights"].to(self.dtype)
+            yield reference.forward(leaves, self.recipe, self.scales, batch, shares, tiny.label_weight(packs))
+
+    def gradients(self, step: int, record: Record) -> dict[str, torch.Tensor]:
+        """Gradients by name at the current values; losses, counts and margin go to the record."""
+        leaves = {name: value.detach().clone().requires_grad_() for name, value in self.params.items()}
+        total, terms, counts, margin = 0.0, {f"source {n}": 0.0 for n in range(tiny.SOURCES)}, {}, math.inf
+        for loss, routing in self.forwards(leaves, self.packs(step)):
+            loss.backward()
+            total += float(loss.detach())
+            found = {f"source {number}": value for number, value in routing.sources.items()}
+            for kind in ("balance", "z"):
+                values = getattr(routing, kind)
+                found |= {f"{kind} {part}": float(torch.stack(v).mean().detach()) for part, v in values.items()}
+            for name, value in found.items():
+                terms[name] = terms.get(name, 0.0) + value
+            for part, value in routing.counts.items():
+                counts[part] = counts.get(part, 0) + torch.stack(value)
+            margin = min(margin, routing.margin)
+        record.losses.append(total)
+        record.terms.append(terms)
+        record.counts.append({part: value.float() for part, value in counts.items()})
+        record.margins.append(margin)
+        return {name: leaf.grad for name, leaf in leaves.items()}
+
+    def step(self, step: int, record: Record) -> None:
+        """One update, and the state after it."""
+        grads = self.gradients(step, record)
+        factor = lr_factor(step + 1, self.recipe.optim, self.recipe.steps)
+        norm, parts = self.optimizer.step(self.params, grads, factor)
+        for part, counts in record.counts[-1].items():
+            counts = counts.to(self.dtype)
+            self.load[part] = counts / counts.sum(-1, keepdim=True)
+            moe = getattr(self.recipe.model, part).moe
+            if moe.balance == "bias":
+                self.bias[part] += moe.bias_rate * torch.sign(counts.mean(-1, keepdim=True) - counts)
         record.norms.append(norm)
         record.part_norms.append(parts)
-        record.counts.append({part: value.float() for part, value in load.items()})
-        record.margins.append(routing.margin)
-        state = {("param", name): value.clone() for name, value in params.items()}
-        record.state.append(state | {key: value.clone() for key, value in optimizer.moments.items()})
+        state = {("param", name): value.clone() for name, value in self.params.items()}
+        record.state.append(state | {key: value.clone() for key, value in self.optimizer.moments.items()})
+
+
+def reference_run(recipe: Recipe, steps: int, dtype: torch.dtype = torch.float64, cuts: int = 1) -> Record:
+    """`steps` steps of plain PyTorch."""
+    plain, record = Reference(recipe, dtype, cuts), Record()
+    for step in range(steps):
+        plain.step(step, record)
     return record
-
-
-def _first_forward(recipe: Recipe, step: int):
-    """Parameters (leaves, float64), batch, scales and shares of a first step."""
-    _, registry = parts_of(recipe)
-    scales = forward_scales(recipe.model, base_model_config(recipe.model, recipe.mup.base), recipe.mup)
-    leaves = {name: start_values(registry, name).double().requires_grad_() for name in registry.entries}
-    batch, packs = whole_batch(recipe, step)
-    experts = {part: getattr(recipe.model, part).moe.num_experts for part in sparse(recipe)}
-    load = {part: torch.full((sparse(recipe)[part], count), 1.0 / count) for part, count in experts.items()}
-    shares = reference.Shares(load, tiny.valid_tokens(recipe.model, packs))
-    return leaves, batch, scales, shares, tiny.label_weight(packs)
 
 
 def reference_gradients(recipe: Recipe, step: int) -> dict[str, torch.Tensor]:
     """Gradients of a first step at the initial values, by name."""
-    leaves, batch, scales, shares, weight = _first_forward(recipe, step)
-    reference.forward(leaves, recipe, scales, batch, shares, weight)[0].backward()
-    return {name: leaf.grad for name, leaf in leaves.items()}
+    return Reference(recipe).gradients(step, Record())
 
 
 def reference_logits(recipe: Recipe, step: int) -> torch.Tensor:
     """Logits [B * T, V] of a step's packs at the initial values."""
-    leaves, batch, scales, shares, _ = _first_forward(recipe, step)
+    plain = Reference(recipe)
+    packs = plain.packs(step)
+    shares = reference.Shares(plain.load, tiny.valid_tokens(recipe.model, packs), plain.bias)
     with torch.no_grad():
-        return reference.logits(leaves, recipe, scales, batch, shares, reference.Routing()).flatten(0, 1)
+        found = reference.logits(plain.params, recipe, plain.scales, join(packs), shares, Routing())
+    return found.flatten(0, 1)
 
 
 def distance(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -105,6 +146,7 @@ class Row:
 
     step: int
     loss: float
+    term: tuple[float, str]
     norm: float
     part_norm: float
     worst: dict[str, tuple[float, str]]
@@ -112,11 +154,18 @@ class Row:
 
     def largest(self) -> float:
         """The largest difference of this step."""
-        return max(self.loss, self.norm, self.part_norm, *(value for value, _ in self.worst.values()))
+        return max(self.loss, self.term[0], self.norm, self.part_norm, *(value for value, _ in self.worst.values()))
 
     def __str__(self) -> str:
         worst = "  ".join(f"{kind} {value:.1e} {name}" for kind, (value, name) in self.worst.items())
-        return f"{self.step:4d}  loss {self.loss:.1e}  norm {self.norm:.1e}  part {self.part_norm:.1e}  {worst}"
+        loss = f"loss {self.loss:.1e} ({self.term[1]} {self.term[0]:.1e})"
+        return f"{self.step:4d}  {loss}  norm {self.norm:.1e}  part {self.part_norm:.1e}  {worst}"
+
+
+def worst_term(found: dict[str, float], wanted: dict[str, float], loss: float) -> tuple[float, str]:
+    """The term of the loss that differs most, measured by the term, or by the whole loss where the term is small."""
+    assert found.keys() == wanted.keys(), f"missing or surplus: {sorted(found.keys() ^ wanted.keys())}"
+    return max((abs(found[name] - value) / max(abs(value), 0.1 * loss), name) for name, value in wanted.items())
 
 
 def tail(record: Record, first: int) -> Record:
@@ -142,6 +191,7 @@ def compare(found: Record, wanted: Record) -> list[Row]:
             Row(
                 step + 1,
                 abs(found.losses[step] / wanted.losses[step] - 1),
+                worst_term(found.terms[step], wanted.terms[step], wanted.losses[step]),
                 abs(found.norms[step] / wanted.norms[step] - 1),
                 max(relative),
                 worst,

@@ -6,8 +6,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from mmtrain.config.schema import Parallel, Recipe
-from mmtrain.model.stepio import Losses, PartRouterInput, StepInputs, first_inputs, sparse_layers
+from mmtrain.config.schema import Recipe
+from mmtrain.model.balance import RouterState
+from mmtrain.model.stepio import Losses, StepInputs, sparse_layers
 from mmtrain.model.vlm import VisionLanguageModel
 from mmtrain.mup.init import initial
 from mmtrain.mup.registry import Registry
@@ -17,7 +18,7 @@ from mmtrain.optim.groups import param_groups
 from mmtrain.optim.schedule import lr_factor
 from mmtrain.parallel.box import Box
 from mmtrain.parallel.engine import Engine
-from mmtrain.parallel.groups import Groups, connect
+from mmtrain.parallel.groups import Groups
 from tests import tiny
 
 SEED = 3
@@ -43,11 +44,21 @@ class Record:
     """What one layout did: per step, and the state after each step: of one rank as pieces, of all ranks as tensors."""
 
     losses: list[float] = field(default_factory=list)
+    terms: list[dict[str, float]] = field(default_factory=list)
+    """Language loss by source (a sum over W), raw balance and z losses by part."""
     norms: list[float] = field(default_factory=list)
     part_norms: list[dict[str, float]] = field(default_factory=list)
     counts: list[dict[str, torch.Tensor]] = field(default_factory=list)
     state: list[Any] = field(default_factory=list)
     margins: list[float] = field(default_factory=list)
+
+
+class Totals(NamedTuple):
+    """What one step's forwards gave, over the global batch."""
+
+    loss: float
+    terms: dict[str, float]
+    counts: dict[str, torch.Tensor]
 
 
 def parts_of(recipe: Recipe) -> tuple[VisionLanguageModel, Registry]:
@@ -80,18 +91,21 @@ def build(recipe: Recipe, groups: Groups) -> Engine:
     return Engine.build(model, recipe, groups, lambda named: param_groups(named, registry, recipe), make)
 
 
-def inputs_of(recipe: Recipe, packs: list[tiny.Pack], counts: dict[str, torch.Tensor] | None) -> StepInputs:
-    """Constants of a global batch: W, N by part, and the shares of the previous step's choices."""
-    first = first_inputs(recipe.model, tiny.label_weight(packs), tiny.valid_tokens(recipe.model, packs))
-    if counts is None:
-        return first
-    routers = {
-        part: PartRouterInput(
-            counts[part] / counts[part].sum(-1, keepdim=True).clamp(min=1), router.bias, router.valid_total
-        )
-        for part, router in first.routers.items()
-    }
-    return StepInputs(first.label_weight, routers)
+def inputs_of(recipe: Recipe, packs: list[tiny.Pack], routers: RouterState | None = None) -> StepInputs:
+    """Constants of a global batch: W, N by part, and what the routers carry over from the step before."""
+    valid = {part: torch.tensor(value) for part, value in tiny.valid_tokens(recipe.model, packs).items()}
+    return (routers or routers_of(recipe)).inputs(torch.tensor(tiny.label_weight(packs)), valid)
+
+
+def routers_of(recipe: Recipe, counts: dict[str, torch.Tensor] | None = None) -> RouterState:
+    """Router state before the first step, or after a step that counted `counts`."""
+    state = RouterState.first(recipe.model)
+    for part, bias in state.bias.items():
+        if getattr(recipe.model, part).moe.balance == "bias":
+            bias[:, tiny.UNUSED] = -10.0
+    if counts is not None:
+        state.update({part: value.double() for part, value in counts.items()})
+    return state
 
 
 def own_packs(packs: list[tiny.Pack], groups: Groups) -> list[tiny.Pack]:
@@ -108,21 +122,24 @@ def accumulate(
     inputs: StepInputs,
     accumulation: int,
     poison: float = 1.0,
-) -> tuple[float, dict[str, torch.Tensor]]:
-    """Forward and backward of one step, this rank's loss times `poison`; the global loss and router counts."""
+) -> Totals:
+    """Forward and backward of one step, this rank's loss times `poison`; sums over the global batch."""
     batches = tiny.micro_batches(recipe.model, own_packs(packs, groups), accumulation)
-    total = torch.zeros((), dtype=torch.float64)
-    counts: dict[str, torch.Tensor] = {}
+    sums: dict[str, torch.Tensor] = {}
     for number, batch in enumerate(batches):
         losses: Losses = engine.forward(batch, inputs)
         engine.backward(losses.total * poison, last=number == len(batches) - 1)
-        total += losses.total.detach().double()
-        for part, value in losses.counts.items():
-            counts[part] = counts.get(part, 0) + value
-    groups.sum_over_data(total)
-    for value in counts.values():
+        found = {"loss": losses.total, "source": losses.by_source_sum / inputs.label_weight}
+        for kind in ("balance", "z", "counts"):
+            found |= {f"{kind} {part}": value for part, value in getattr(losses, kind).items()}
+        for name, value in found.items():
+            sums[name] = sums.get(name, 0) + value.detach().double()
+    for value in sums.values():
         groups.sum_over_data(value)
-    return float(total), counts
+    sources = {f"source {number}": value for number, value in enumerate(sums.pop("source").tolist())}
+    counts = {part: sums.pop(f"counts {part}").float() for part in inputs.routers}
+    loss = float(sums.pop("loss"))
+    return Totals(loss, sources | {name: float(value) for name, value in sums.items()}, counts)
 
 
 def train(
@@ -139,17 +156,19 @@ def train(
     counts: the router counts of step first - 1.
     """
     engine = build(recipe, groups) if engine is None else engine
-    record = Record()
+    record, routers = Record(), routers_of(recipe, counts)
     for step in range(first, steps):
-        packs = tiny.packs(recipe.model, step)
-        inputs = inputs_of(recipe, packs, counts)
-        loss, counts = accumulate(engine, recipe, groups, packs, inputs, accumulation)
+        packs = tiny.packs(recipe.model, step, count=recipe.data.global_batch)
+        inputs = inputs_of(recipe, packs, routers)
+        totals = accumulate(engine, recipe, groups, packs, inputs, accumulation)
         update = engine.step(lr_factor(step + 1, recipe.optim, recipe.steps))
         assert update.applied
-        record.losses.append(loss)
+        routers.update({part: value.double() for part, value in totals.counts.items()})
+        record.losses.append(totals.loss)
+        record.terms.append(totals.terms)
         record.norms.append(update.grad_norm)
         record.part_norms.append(update.part_norms)
-        record.counts.append(counts)
+        record.counts.append(totals.counts)
         record.state.append(snapshot(engine))
     return record
 
@@ -171,7 +190,7 @@ def assemble(ranks: list[Pieces]) -> State:
             target = whole.get(key)
             if target is None:
                 target = whole[key] = torch.full(stored.shape, torch.nan)
-            block = target[stored.box.slices()].reshape(-1)
+            block = target[stored.box.slices()].flatten().clone()
             assert block[stored.flat[0] : stored.flat[1]].isnan().all(), f"{key} has elements that two ranks write"
             block[stored.flat[0] : stored.flat[1]] = stored.values
             target[stored.box.slices()] = block.view(stored.box.shape)
@@ -184,19 +203,6 @@ def assemble(ranks: list[Pieces]) -> State:
 def gather(engine: Engine, groups: Groups) -> State:
     """The whole state, on every rank."""
     return assemble(groups.all_gather_object(snapshot(engine)))
-
-
-def layout_of(stage: int, tensor: int, expert: int, precision: str = "fp32") -> Parallel:
-    """Shorthand."""
-    return Parallel(tensor=tensor, expert=expert, zero_stage=stage, precision=precision)
-
-
-def run_layout(folder: str, optimizers: list[str], parallel: Parallel, steps: int) -> None:
-    """On a rank: train with each optimizer and write the record to `folder`."""
-    groups = connect(parallel)
-    for optimizer in optimizers:
-        save_record(train(tiny.recipe(optimizer, parallel), groups, steps), folder, optimizer, groups.rank)
-    groups.close()
 
 
 def save_record(record: Record, folder: str, name: str, rank: int) -> None:

@@ -25,16 +25,18 @@ class Routing:
 
     balance: dict[str, list[Tensor]] = field(default_factory=dict)
     z: dict[str, list[Tensor]] = field(default_factory=dict)
+    sources: dict[int, float] = field(default_factory=dict)
     counts: dict[str, list[Tensor]] = field(default_factory=dict)
     margin: float = math.inf
 
 
 @dataclass
 class Shares:
-    """f of the previous step by part [layers, E], and N by part."""
+    """f of the previous step by part [layers, E], N by part, and by part the bias [layers, E] of the choice."""
 
     load: dict[str, Tensor]
     valid: dict[str, float]
+    bias: dict[str, Tensor]
 
 
 def logits(params: Params, recipe: Recipe, scales: Scales, batch: dict[str, Tensor], shares: Shares, routing: Routing):
@@ -53,7 +55,9 @@ def forward(params: Params, recipe: Recipe, scales: Scales, batch: dict[str, Ten
     routing = Routing()
     scores = logits(params, recipe, scales, batch, shares, routing)
     ce = F.cross_entropy(scores.flatten(0, 1), batch["labels"].flatten(), reduction="none")
-    loss = (ce * batch["weights"].flatten()).sum() / weight
+    weighted, source = ce * batch["weights"].flatten(), batch["source_ids"].flatten()
+    routing.sources = {s: float((weighted * (source == s)).sum().detach()) / weight for s in source.unique().tolist()}
+    loss = weighted.sum() / weight
     for part in routing.balance:
         moe: Moe = getattr(recipe.model, part).moe
         loss = loss + moe.balance_coef * torch.stack(routing.balance[part]).mean()
@@ -96,19 +100,22 @@ def mlp(params: Params, name: str, x: Tensor, valid: Tensor, part: str, act: str
     rows, good = x.flatten(0, -2), valid.flatten()
     logits = rows @ params[f"{name}.router.weight"].T
     p = logits.softmax(-1)
-    top, ids = p.topk(moe.top_k, -1)
+    layer = len(routing.z.setdefault(part, []))
+    ranking = p + shares.bias[part][layer]
+    ids = ranking.topk(moe.top_k, -1).indices
+    top = p.gather(-1, ids)
     gates = top / top.sum(-1, keepdim=True)
-    ordered = logits.sort(-1, descending=True).values
+    ordered = ranking.sort(-1, descending=True).values
     routing.margin = min(routing.margin, float((ordered[:, moe.top_k - 1] - ordered[:, moe.top_k]).min().detach()))
     out = torch.zeros(rows.shape[0], rows.shape[1] if part != "connector" else model.decoder.hidden_size, dtype=x.dtype)
     for e in range(moe.num_experts):
         gate = (gates * (ids == e)).sum(-1, keepdim=True)
         out = out + gate * expert(params, name, e, rows, act)
-    layer = len(routing.z.setdefault(part, []))
     n = shares.valid[part]
     routing.z[part].append((torch.logsumexp(logits, -1).square() * good).sum() / n)
     f = shares.load[part][layer]
-    routing.balance.setdefault(part, []).append(moe.num_experts * (f * (p * good.unsqueeze(1)).sum(0) / n).sum())
+    balance = moe.num_experts * (f * (p * good.unsqueeze(1)).sum(0) / n).sum()
+    routing.balance.setdefault(part, []).append(balance if moe.balance == "loss" else 0 * balance)
     chosen = torch.stack([((ids == e).any(-1) & good).sum() for e in range(moe.num_experts)])
     routing.counts.setdefault(part, []).append(chosen.to(x.dtype))
     return out.view(*x.shape[:-1], -1)

@@ -23,7 +23,7 @@ def run(folder: str, stage: int) -> list[str]:
     record = harness.train(recipe, groups, STEPS)
     engine = harness.build(recipe, groups)
     packs = tiny.packs(recipe.model, 0)
-    harness.accumulate(engine, recipe, groups, packs, harness.inputs_of(recipe, packs, None), 2)
+    harness.accumulate(engine, recipe, groups, packs, harness.inputs_of(recipe, packs), 2)
     dtypes = {str(gradient.dtype) for _, gradient in engine._state.gradients()}
     dtypes |= {str(piece.tensor.dtype) for piece in engine.pieces()}
     computed = {str(parameter.dtype) for parameter in engine._engine.module.parameters()}

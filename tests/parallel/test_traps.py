@@ -234,17 +234,17 @@ def test_the_mpu_has_every_name_and_not_the_one_that_switches_it_off() -> None:
 
 
 def test_heads_that_do_not_divide_are_refused_with_both_numbers() -> None:
-    class FourTensorRanks:
-        mesh = groups.Mesh(4, 4)
+    class EightTensorRanks:
+        mesh = groups.Mesh(8, 8)
         rank = tensor_rank = 0
         tensor = None
 
     with torch.device("meta"):
         model, _ = harness.parts_of(tiny.recipe())
     del model.vision
-    with pytest.raises(ConfigError, match=r"tensor = 4 does not divide the 2 key/value heads of decoder.blocks.0"):
+    with pytest.raises(ConfigError, match=r"tensor = 8 does not divide the 4 key/value heads of decoder.blocks.0"):
         tensor._cut_attention(
-            model, "decoder.blocks.0.attention", model.decoder.blocks[0].attention, FourTensorRanks(), lambda *_: None
+            model, "decoder.blocks.0.attention", model.decoder.blocks[0].attention, EightTensorRanks(), lambda *_: None
         )
 
 
