@@ -6,7 +6,7 @@ from fnmatch import fnmatchcase
 
 from mmtrain.config.errors import ConfigError
 from mmtrain.config.keys import exists, hint, leaves, sections, together
-from mmtrain.config.layout import divides, divisors, layout_problems, multiples, sparse_parts
+from mmtrain.config.layout import divides, lane_problems, layout_problems, multiples, sparse_parts
 from mmtrain.config.schema import PARTS, Model, Recipe
 
 AT_LEAST_ONE = (
@@ -48,10 +48,15 @@ UP_TO_ONE = ("optim.final_lr_ratio", "data.max_bad_fraction")
 BELOW_ONE = ("optim.beta1", "optim.beta2")
 
 
-def check(recipe: Recipe, world_size: int) -> None:
-    """Raise one ConfigError with every reason why `recipe` cannot run on `world_size` ranks."""
+def check(recipe: Recipe, world_size: int | None) -> None:
+    """Raise one ConfigError with every reason why `recipe` cannot run on `world_size` ranks.
+
+    None: their number is not known yet, and the rules about it wait.
+    """
     if found := list(problems(recipe, world_size)):
-        heading = f"recipe {recipe.name} cannot run on {world_size} rank{'s' if world_size != 1 else ''}"
+        heading = f"recipe {recipe.name} cannot run"
+        if world_size is not None:
+            heading += f" on {world_size} rank{'s' if world_size != 1 else ''}"
         raise ConfigError(f"{heading}: {found[0]}") if len(found) == 1 else together(heading, found)
 
 
@@ -62,8 +67,8 @@ def check_model(recipe: Recipe) -> None:
         raise together(f"recipe {recipe.name}", found)
 
 
-def problems(recipe: Recipe, world_size: int) -> Iterator[str]:
-    """Every rule that `recipe` breaks on `world_size` ranks."""
+def problems(recipe: Recipe, world_size: int | None) -> Iterator[str]:
+    """Every rule that `recipe` breaks on `world_size` ranks; None: on any number of them."""
     if impossible := list(_numbers(recipe)):
         yield from impossible  # the rules below divide by these numbers
         return
@@ -239,11 +244,7 @@ def _data(recipe: Recipe) -> Iterator[str]:
             f"data.max_images={data.max_images} is less than the {frames} pieces of one image "
             f"(1 + data.sub_images={data.sub_images}); the nearest is {frames}"
         )
-    if data.global_batch % data.num_lanes():
-        yield (
-            f"data.lanes={data.lanes} does not divide data.global_batch={data.global_batch}; "
-            f"lanes that fit: {divisors(data.global_batch)}"
-        )
+    yield from lane_problems(data)
 
 
 def _length(recipe: Recipe) -> Iterator[str]:

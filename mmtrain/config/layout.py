@@ -2,19 +2,20 @@
 
 from collections.abc import Iterator
 
-from mmtrain.config.schema import PARTS, Model, Moe, Recipe
+from mmtrain.config.schema import PARTS, Data, Model, Moe, Parallel, Recipe
 
 
-def layout_problems(recipe: Recipe, world_size: int) -> Iterator[str]:
-    """Every rule of the layout that `recipe` breaks on `world_size` ranks."""
-    yield from _engine(recipe)
+def layout_problems(recipe: Recipe, world_size: int | None) -> Iterator[str]:
+    """Every rule of the layout that `recipe` breaks on `world_size` ranks; None: on any number of them."""
+    yield from engine_problems(recipe.parallel)
     yield from _tensor(recipe.model, recipe.parallel.tensor)
-    yield from _ranks(recipe, world_size)
+    yield from _experts(recipe)
+    if world_size is not None:
+        yield from _ranks(recipe, world_size)
 
 
-def _engine(recipe: Recipe) -> Iterator[str]:
+def engine_problems(layout: Parallel) -> Iterator[str]:
     """Pairs of settings that DeepSpeed gets wrong or refuses (DESIGN section 5, traps 4 and 14)."""
-    layout = recipe.parallel
     if layout.zero_stage == 0 and layout.expert > 1:
         yield (
             f"parallel.zero_stage=0 with parallel.expert={layout.expert} clips with a wrong gradient norm; "
@@ -62,15 +63,20 @@ def _tensor(model: Model, tensor: int) -> Iterator[str]:
         )
 
 
-def _ranks(recipe: Recipe, world_size: int) -> Iterator[str]:
-    """The layout on this number of ranks."""
-    data, layout = recipe.data, recipe.parallel
+def _experts(recipe: Recipe) -> Iterator[str]:
+    """Expert ranks hold equally many experts."""
+    expert = recipe.parallel.expert
     for part, moe in sparse_parts(recipe.model):
-        if moe.num_experts % layout.expert:
+        if moe.num_experts % expert:
             yield (
-                f"model.{part}.moe.num_experts={moe.num_experts} is not a multiple of parallel.expert={layout.expert}; "
+                f"model.{part}.moe.num_experts={moe.num_experts} is not a multiple of parallel.expert={expert}; "
                 f"expert sizes that fit: {divisors(moe.num_experts)}"
             )
+
+
+def _ranks(recipe: Recipe, world_size: int) -> Iterator[str]:
+    """The layout on this number of ranks."""
+    layout = recipe.parallel
     if world_size % layout.tensor:
         yield (
             f"{world_size} ranks are not a multiple of parallel.tensor={layout.tensor}; "
@@ -81,6 +87,20 @@ def _ranks(recipe: Recipe, world_size: int) -> Iterator[str]:
     ranks = f"data size {size} ({world_size} ranks / parallel.tensor={layout.tensor})"
     if size % layout.expert:
         yield f"parallel.expert={layout.expert} does not divide the {ranks}; expert sizes that fit: {divisors(size)}"
+    yield from share_problems(recipe.data, size, ranks)
+
+
+def lane_problems(data: Data) -> Iterator[str]:
+    """The stream's lanes and the packs of a step, on any number of ranks."""
+    if data.global_batch % data.num_lanes():
+        yield (
+            f"data.lanes={data.lanes} does not divide data.global_batch={data.global_batch}; "
+            f"lanes that fit: {divisors(data.global_batch)}"
+        )
+
+
+def share_problems(data: Data, size: int, ranks: str) -> Iterator[str]:
+    """What `size` data-parallel ranks cannot share evenly; `ranks` is them in words."""
     step = data.micro_batch * size
     if data.global_batch % step:
         yield (

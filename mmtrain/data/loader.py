@@ -9,6 +9,7 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 from mmtrain.config.errors import ConfigError, DataError
+from mmtrain.config.layout import lane_problems, share_problems
 from mmtrain.config.schema import Recipe, Source
 from mmtrain.config.tokens import TokenKind
 from mmtrain.data.batch import canvas_of, stack
@@ -60,7 +61,9 @@ class Loader:
         `finite_batches`: end after as many global batches, with each sample at most once and empty packs when they run
         out (evaluation). ConfigError or DataError if layout, shards or cursor do not fit.
         """
-        _check_layout(recipe, data_size)
+        shared = share_problems(recipe.data, data_size, f"data size {data_size}")
+        if problems := [*lane_problems(recipe.data), *shared]:
+            raise ConfigError("\n".join(problems))
         self._recipe, self._finite = recipe, finite_batches
         self._rank, self._size = data_rank, data_size
         self._sources = dict(recipe.data.sources if sources is None else sources)
@@ -202,18 +205,3 @@ def make_planner(recipe: Recipe, tokenizer: Tokenizer, sources: Mapping[str, Sou
     longest = endless.longest_lasting()
     passes = {longest: max(1, round(recipe.epochs * samples[longest]))}
     return Planner(shards, data, recipe.seed, sizer, weights, passes)
-
-
-def _check_layout(recipe: Recipe, data_size: int) -> None:
-    """ConfigError, with the sizes that fit, if the packs of a step cannot be dealt to `data_size` ranks."""
-    data = recipe.data
-    lanes, batch, micro = data.num_lanes(), data.global_batch, data.micro_batch
-    if batch % lanes:
-        fitting = [number for number in range(1, batch + 1) if batch % number == 0]
-        raise ConfigError(f"data.lanes={lanes} does not divide data.global_batch={batch}; lanes that fit: {fitting}")
-    fitting = [number for number in range(1, lanes + 1) if lanes % number == 0 and batch // number % micro == 0]
-    if data_size not in fitting:
-        raise ConfigError(
-            f"{data_size} data-parallel ranks cannot share data.lanes={lanes} of data.global_batch={batch} in "
-            f"micro-batches of {micro}; numbers of ranks that fit: {fitting}"
-        )

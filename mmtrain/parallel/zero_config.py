@@ -1,4 +1,4 @@
-"""DeepSpeed's configuration for a recipe: a pure function, and the pairs that DeepSpeed gets wrong, refused.
+"""DeepSpeed's configuration for a recipe, a pure function.
 
 | precision | stage | optimizer class that DeepSpeed picks | gradient sums |
 |---|---|---|---|
@@ -11,41 +11,19 @@
 from typing import Any
 
 from mmtrain.config.errors import ConfigError
+from mmtrain.config.layout import engine_problems
 from mmtrain.config.schema import Parallel
 from mmtrain.parallel.mesh import Mesh
 
 
-def check(parallel: Parallel) -> None:
-    """ConfigError for layouts that would train with wrong numbers or not at all; lists all of them."""
-    problems = []
-    if parallel.zero_stage == 0 and parallel.expert > 1:
-        problems.append(
-            f"parallel.zero_stage = 0 with parallel.expert = {parallel.expert}: DeepSpeed keeps no account of experts "
-            "there; use zero_stage 1 or 2"
-        )
-    if parallel.zero_stage == 3 and parallel.expert > 1:
-        problems.append(
-            f"parallel.zero_stage = 3 with parallel.expert = {parallel.expert}: DeepSpeed refuses its own expert "
-            "layers there; use zero_stage 2, or expert 1 (stage 3 shards the experts anyway)"
-        )
-    if parallel.zero_stage == 0 and parallel.precision == "bf16":
-        problems.append(
-            "parallel.zero_stage = 0 with parallel.precision = bf16: DeepSpeed cannot sum bf16 gradients in fp32 "
-            "there; use zero_stage 1, which on one process costs nothing"
-        )
-    if parallel.zero_stage == 0 and parallel.offload_optimizer:
-        problems.append("parallel.zero_stage = 0 with parallel.offload_optimizer: offload needs zero_stage 1, 2 or 3")
-    if problems:
-        raise ConfigError("\n".join(problems))
-
-
 def zero_config(parallel: Parallel, mesh: Mesh) -> dict[str, Any]:
-    """The dictionary for deepspeed.initialize.
+    """The dictionary for deepspeed.initialize. ConfigError: a pair of settings that DeepSpeed gets wrong.
 
     Accumulation, divisors, norms, clipping and the schedule are ours (mmtrain.parallel.engine), so each is off here
     and happens in exactly one place.
     """
-    check(parallel)
+    if problems := list(engine_problems(parallel)):
+        raise ConfigError("\n".join(problems))
     bf16 = parallel.precision == "bf16"
     stage = 2 if bf16 and parallel.zero_stage == 1 else parallel.zero_stage
     zero: dict[str, Any] = {

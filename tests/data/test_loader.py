@@ -310,10 +310,10 @@ def test_tokens_unlike_the_index_stop_the_run(folder: Path, tmp_path: Path, work
 @pytest.mark.parametrize(
     ("changes", "size", "words"),
     [
-        ({"lanes": 3}, 1, "data.lanes=3 does not divide data.global_batch=8; lanes that fit: [1, 2, 4, 8]"),
-        ({}, 3, "3 data-parallel ranks cannot share data.lanes=8"),
-        ({"lanes": 4}, 8, "numbers of ranks that fit: [1, 2, 4]"),
-        ({"micro_batch": 4}, 4, "micro-batches of 4; numbers of ranks that fit: [1, 2]"),
+        ({"lanes": 3}, 1, "data.lanes=3 does not divide data.global_batch=8; lanes that fit: 1, 2, 4, 8"),
+        ({}, 3, "the data size 3 does not divide the 8 lanes of the stream"),
+        ({"lanes": 4}, 8, "data sizes that fit: 1, 2, 4"),
+        ({"micro_batch": 4}, 4, "data.global_batch=8 is not a multiple of data.micro_batch=4 x data size 4 = 16"),
     ],
 )
 def test_layouts_that_do_not_fit_are_refused(folder: Path, changes: dict, size: int, words: str) -> None:
