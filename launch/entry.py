@@ -63,7 +63,8 @@ def positive(text: str) -> int:
 
 
 def _rank() -> int:
-    return int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0)
+    text = os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or ""
+    return int(text) if text.isdecimal() else 0  # parallel.environment tells what is wrong with it
 
 
 def _missing(error: ModuleNotFoundError) -> str:

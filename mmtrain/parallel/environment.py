@@ -24,11 +24,14 @@ class Place:
 
 
 def discover(environment: Mapping[str, str] | None = None) -> Place:
-    """The place of this process: from torchrun or deepspeed, else srun, else alone. ConfigError: half of it is said."""
+    """The place of this process: from torchrun or deepspeed, else srun, else alone.
+
+    ConfigError: half of it is said, or a number is none.
+    """
     env = os.environ if environment is None else environment
     if "RANK" in env or "WORLD_SIZE" in env:
         return _from_launcher(env)
-    if "SLURM_PROCID" in env and int(env.get("SLURM_NTASKS", "1")) > 1:
+    if "SLURM_PROCID" in env and _number(env, "SLURM_NTASKS", "1") > 1:
         return _from_slurm(env)
     return Place(0, 1, 0, "127.0.0.1", free_port(), "none")
 
@@ -41,22 +44,41 @@ def _from_launcher(env: Mapping[str, str]) -> Place:
             f"environment: {', '.join(missing)} not set beside RANK / WORLD_SIZE: start with deepspeed, torchrun or "
             f"srun, or unset RANK and WORLD_SIZE to run one process"
         )
-    rank, world = int(env["RANK"]), int(env["WORLD_SIZE"])
-    return Place(rank, world, int(env.get("LOCAL_RANK", rank)), env["MASTER_ADDR"], int(env["MASTER_PORT"]), "torchrun")
+    rank, world = _number(env, "RANK"), _number(env, "WORLD_SIZE")
+    if rank >= world:
+        raise ConfigError(f"environment: RANK={rank} with WORLD_SIZE={world}: ranks go from 0 to {world - 1}")
+    local_rank = _number(env, "LOCAL_RANK", str(rank))
+    return Place(rank, world, local_rank, env["MASTER_ADDR"], _number(env, "MASTER_PORT"), "torchrun")
+
+
+def _number(env: Mapping[str, str], key: str, default: str = "") -> int:
+    """The variable as a whole number that is not negative."""
+    text = env.get(key) or default
+    if not text.isdecimal():
+        raise ConfigError(
+            f"environment: {key}={text!r} is not a whole number; correct it, or unset it to run one process"
+        )
+    return int(text)
 
 
 def _from_slurm(env: Mapping[str, str]) -> Place:
     """srun's variables; rank 0 listens on the first host of the job, on a port that follows from the job's number."""
-    hosts = env.get("SLURM_JOB_NODELIST") or env.get("SLURM_NODELIST")
+    tasks = _number(env, "SLURM_NTASKS")
+    if "SLURM_STEP_ID" not in env:  # the batch script itself is no task of a step: the others would never come
+        raise ConfigError(
+            f"environment: a job of {tasks} tasks, but this process was not started by srun: start it with "
+            "`srun python ...`, or with SLURM_NTASKS=1 before it to run one process"
+        )
+    hosts = env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST") or env.get("SLURM_NODELIST")
     if not hosts:
         raise ConfigError("environment: SLURM_PROCID without SLURM_JOB_NODELIST: start the program with srun in a job")
-    port = env.get("MASTER_PORT") or SLURM_PORTS[int(env.get("SLURM_JOB_ID", "0")) % len(SLURM_PORTS)]
+    port = SLURM_PORTS[_number(env, "SLURM_JOB_ID", "0") % len(SLURM_PORTS)]
     return Place(
-        int(env["SLURM_PROCID"]),
-        int(env["SLURM_NTASKS"]),
-        int(env.get("SLURM_LOCALID", "0")),
+        _number(env, "SLURM_PROCID"),
+        tasks,
+        _number(env, "SLURM_LOCALID", "0"),
         env.get("MASTER_ADDR") or first_host(hosts),
-        int(port),
+        _number(env, "MASTER_PORT", str(port)),
         "srun",
     )
 

@@ -6,7 +6,8 @@ from mmtrain.config.errors import ConfigError
 from mmtrain.parallel.environment import Place, discover, first_host, port_in_use
 
 TORCHRUN = {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "MASTER_ADDR": "n1", "MASTER_PORT": "29500"}
-SLURM = {"SLURM_PROCID": "5", "SLURM_NTASKS": "8", "SLURM_LOCALID": "1", "SLURM_JOB_ID": "12345"}
+BATCH = {"SLURM_PROCID": "5", "SLURM_NTASKS": "8", "SLURM_LOCALID": "1", "SLURM_JOB_ID": "12345"}
+SLURM = {**BATCH, "SLURM_STEP_ID": "0"}
 
 
 def test_torchrun_and_deepspeed() -> None:
@@ -17,6 +18,8 @@ def test_srun_takes_the_first_host_and_a_port_of_the_job() -> None:
     place = discover({**SLURM, "SLURM_JOB_NODELIST": "gpu[03-07,9],login"})
     assert place == Place(5, 8, 1, "gpu03", 22345, "srun")
     assert discover({**SLURM, "SLURM_JOB_NODELIST": "a,b", "MASTER_PORT": "7"}).port == 7
+    step = {**SLURM, "SLURM_JOB_NODELIST": "a,b", "SLURM_STEP_NODELIST": "b"}
+    assert discover(step).address == "b"
 
 
 def test_alone_without_a_launcher_or_with_one_task() -> None:
@@ -37,6 +40,25 @@ def test_half_an_environment_is_an_error_that_names_the_rest() -> None:
         discover({"RANK": "0"})
     with pytest.raises(ConfigError, match="SLURM_PROCID without SLURM_JOB_NODELIST"):
         discover(SLURM)
+
+
+def test_a_batch_script_without_srun_is_told_so_instead_of_waiting_for_others() -> None:
+    with pytest.raises(ConfigError, match=r"a job of 8 tasks.*not started by srun.*`srun python .*SLURM_NTASKS=1"):
+        discover({**BATCH, "SLURM_JOB_NODELIST": "a,b"})
+    assert discover({**BATCH, "SLURM_NTASKS": "1", "SLURM_JOB_NODELIST": "a,b"}).world == 1
+
+
+@pytest.mark.parametrize("key", ["RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT"])
+def test_a_variable_that_is_no_number_is_named(key: str) -> None:
+    with pytest.raises(ConfigError, match=f"environment: {key}='two' is not a whole number"):
+        discover({**TORCHRUN, key: "two"})
+    with pytest.raises(ConfigError, match="environment: SLURM_PROCID='-1' is not a whole number"):
+        discover({**SLURM, "SLURM_PROCID": "-1", "SLURM_JOB_NODELIST": "a"})
+
+
+def test_a_rank_outside_of_the_world_is_an_error() -> None:
+    with pytest.raises(ConfigError, match="RANK=8 with WORLD_SIZE=8: ranks go from 0 to 7"):
+        discover({**TORCHRUN, "RANK": "8"})
 
 
 @pytest.mark.parametrize(
