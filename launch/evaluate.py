@@ -12,6 +12,7 @@ CHECKPOINT is a step folder, or a run folder: then its newest good checkpoint. T
 import argparse
 import json
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -54,6 +55,7 @@ def evaluate(arguments: argparse.Namespace) -> int:
     from mmtrain.inference import open_inference
 
     started = time.monotonic()
+    check_out(arguments.out)
     opened = open_inference(arguments.checkpoint, arguments.tensor)
     prompter = Prompter(opened.recipe, opened.tokenizer, arguments.images, arguments.blank_images)
     evaluator = Evaluator(
@@ -66,11 +68,24 @@ def evaluate(arguments: argparse.Namespace) -> int:
     outcome = getattr(evaluator, arguments.task)(arguments.data, arguments.limit)
     if opened.rank == 0:
         report = as_json(arguments, opened, outcome, time.monotonic() - started)
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
         arguments.out.write_text(json.dumps(report, indent=1) + "\n")
         show(report, arguments.out)
     opened.close()
     return 0
+
+
+def check_out(out: Path) -> None:
+    """Make the folder of `out`; ConfigError, before any work, where the file could not be written at its end."""
+    from mmtrain.config.errors import ConfigError
+
+    if out.is_dir():
+        raise ConfigError(f"--out {out} is a folder; name a file in it, e.g. {out / 'report.json'}")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out.parent):
+            pass
+    except OSError as error:
+        raise ConfigError(f"--out {out} cannot be written: {error.strerror}; name a file in another folder") from None
 
 
 def as_json(arguments: argparse.Namespace, opened: "Inference", outcome: "Outcome", seconds: float) -> dict[str, Any]:

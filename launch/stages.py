@@ -3,6 +3,7 @@
     python launch/stages.py RECIPES... [key=value ...] [--ranks N | --launcher COMMAND]
 
 A stage that has done all its steps ends at once, so the chain goes on where it stopped. `key=value` holds for all.
+Recipes, tokenizers and shards of all stages are checked before the first one starts.
 --ranks N        processes on this machine (default: one a GPU, else 1), started by deepspeed
 --launcher TEXT  anything else that starts the ranks of one stage, e.g. "srun python", "torchrun --nproc-per-node 8",
                  "deepspeed --hostfile hosts"
@@ -18,7 +19,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from launch.entry import run, setup
+from launch.entry import positive, run, setup
 
 TRAIN = Path(__file__).resolve().with_name("train.py")
 
@@ -30,12 +31,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("arguments", nargs="+", metavar="RECIPE | key=value")
     where = parser.add_mutually_exclusive_group()
-    where.add_argument("--ranks", type=int, default=0, help="processes on this machine")
+    where.add_argument("--ranks", type=positive, default=0, help="processes on this machine")
     where.add_argument("--launcher", default="", help="command that starts the ranks of one stage")
     options = parser.parse_intermixed_args()
     overrides = [argument for argument in options.arguments if "=" in argument]
     recipes = [argument for argument in options.arguments if "=" not in argument]
-    check_chain(recipes, [load(recipe, overrides) for recipe in recipes])
+    ranks = None if options.launcher else ranks_here(options.ranks)
+    check_chain(recipes, [load(recipe, overrides) for recipe in recipes], ranks)
     for number, recipe in enumerate(recipes, 1):
         print(f"== stage {number} of {len(recipes)}: {recipe}", flush=True)
         if code := run_stage([*start(options.ranks, options.launcher), str(TRAIN), recipe, *overrides]):
@@ -44,9 +46,13 @@ def main() -> int:
     return 0
 
 
-def check_chain(paths: Sequence[str], recipes: Sequence) -> None:
-    """Raise ConfigError, before anything starts, where a recipe does not take its weights from the one before it."""
+def check_chain(paths: Sequence[str], recipes: Sequence, ranks: int | None) -> None:
+    """Raise UserError, before anything starts, where a stage cannot run or does not go on from the one before it.
+
+    ranks: processes of each stage; None where the launcher decides.
+    """
     from mmtrain.config.errors import ConfigError
+    from mmtrain.preflight import preflight
 
     if not recipes:
         raise ConfigError("no recipe given: python launch/stages.py RECIPES... [key=value ...]")
@@ -58,6 +64,8 @@ def check_chain(paths: Sequence[str], recipes: Sequence) -> None:
             )
         if later.out == earlier.out:
             raise ConfigError(f"{path}: out={later.out} is also the folder of the stage before it; give each its own")
+    for recipe in recipes:
+        preflight(recipe, ranks)
 
 
 def start(ranks: int, launcher: str) -> list[str]:
@@ -66,13 +74,16 @@ def start(ranks: int, launcher: str) -> list[str]:
         return shlex.split(launcher)
     from mmtrain.parallel.environment import free_port
 
-    if not ranks:
-        import torch
-
-        ranks = max(1, torch.cuda.device_count())
     # The console script lies beside the interpreter; a virtual environment need not be active.
     deepspeed = Path(sys.executable).with_name("deepspeed")
-    return [sys.executable, str(deepspeed), "--num_gpus", str(ranks), "--master_port", str(free_port())]
+    return [sys.executable, str(deepspeed), "--num_gpus", str(ranks_here(ranks)), "--master_port", str(free_port())]
+
+
+def ranks_here(asked: int) -> int:
+    """Processes of a stage that deepspeed starts on this machine: as asked, or else one a GPU, or else 1."""
+    import torch
+
+    return asked or max(1, torch.cuda.device_count())
 
 
 def run_stage(command: Sequence[str]) -> int:

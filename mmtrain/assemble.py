@@ -12,8 +12,7 @@ import torch
 from mmtrain.config.errors import CheckpointError, ConfigError
 from mmtrain.config.load import load
 from mmtrain.config.resume import resume_differences
-from mmtrain.config.schema import Model, Recipe
-from mmtrain.data.tokenizer import Tokenizer
+from mmtrain.config.schema import Recipe
 from mmtrain.model.balance import RouterState
 from mmtrain.model.build import meta_model
 from mmtrain.model.vlm import VisionLanguageModel
@@ -72,15 +71,6 @@ def assemble(recipe: Recipe, groups: Groups) -> Assembly:
         log.info("weights from %s\n%s", weights.label, weights.report)
     engine = Engine.build(model, recipe, groups, lambda named: param_groups(named, registry, recipe), weights.make)
     return Assembly(engine, registry)
-
-
-def check_vocabulary(model: Model, tokenizer: Tokenizer) -> None:
-    """Raise ConfigError where the tokenizer has ids that the model has no row for."""
-    if tokenizer.vocab_size > model.decoder.vocab_size:
-        raise ConfigError(
-            f"model.decoder.vocab_size={model.decoder.vocab_size}: tokenizer {tokenizer.path} with its special tokens "
-            f"has {tokenizer.vocab_size} entries; set model.decoder.vocab_size={tokenizer.vocab_size}"
-        )
 
 
 def resume(recipe: Recipe, built: Assembly, routers: RouterState, groups: Groups, lock: RunLock) -> Done:

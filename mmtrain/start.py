@@ -3,13 +3,14 @@
 from pathlib import Path
 from typing import NamedTuple
 
-from mmtrain.assemble import blueprint, check_vocabulary
+from mmtrain.assemble import blueprint
 from mmtrain.config.load import dump
 from mmtrain.config.schema import Recipe
 from mmtrain.data.tokenizer import Tokenizer
 from mmtrain.model.balance import RouterState
 from mmtrain.model.build import Count, parameter_counts
 from mmtrain.parallel.box import Box
+from mmtrain.preflight import check_vocabulary
 from mmtrain.run.comm import SingleProcess
 from mmtrain.run.manifest import RunState
 from mmtrain.run.saver import write_whole

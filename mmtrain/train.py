@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from mmtrain.assemble import assemble, check_vocabulary, resume
+from mmtrain.assemble import assemble, resume
 from mmtrain.config.check import check
 from mmtrain.config.errors import DataError, UserError
 from mmtrain.config.schema import Recipe
@@ -18,6 +18,7 @@ from mmtrain.model.balance import RouterState
 from mmtrain.optim.schedule import lr_factor
 from mmtrain.parallel.environment import discover
 from mmtrain.parallel.groups import Groups, connect
+from mmtrain.preflight import check_vocabulary
 from mmtrain.run.guard import Guard, StopFlag, exit_code, stop_reason
 from mmtrain.run.lock import RunLock
 from mmtrain.run.profile import ProfileWindow

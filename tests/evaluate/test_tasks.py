@@ -182,6 +182,18 @@ def test_the_command_writes_everything_down(folder: Path, tmp_path: Path, comman
     assert "accuracy" in shown and "every picture blank" in " ".join(shown.split())
 
 
+def test_a_report_that_cannot_be_written_is_told_before_the_work(folder: Path, tmp_path: Path) -> None:
+    words = ["script", "none", "--task", "vqa", "--data", "d", "--images", "i", "--out"]
+    (tmp_path / "file").write_text("")
+    for out, text in (
+        (tmp_path, f"--out {tmp_path} is a folder; name a file in it"),
+        (tmp_path / "file" / "out.json", "cannot be written: File exists; name a file in another folder"),
+    ):
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(ConfigError, match=re.escape(text)):
+            patch.setattr(sys, "argv", [*words, str(out)])
+            evaluate.main()
+
+
 @pytest.mark.parametrize("words", [["--batch-size", "0"], ["--max-new-tokens", "-1"], ["--tensor", "0"]])
 def test_numbers_must_be_positive(command: Callable[..., str], words: list[str], capsys: Any) -> None:
     needed = ["run", "--task", "vqa", "--data", "d", "--images", "i", "--out", "o"]

@@ -7,12 +7,15 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from mmtrain.config.load import dump
-from mmtrain.config.schema import Recipe
+from mmtrain.config.schema import Decoder, Eval, Recipe, Source
+from mmtrain.data.index import SUFFIX
 from mmtrain.data.tokenizer import train_bpe
 from mmtrain.run.retain import committed
 from tests.train import jobs, tasks
@@ -73,7 +76,7 @@ def test_a_world_that_does_not_share_the_batch(make: Make, tmp_path: Path) -> No
 
 def test_a_shard_without_index(file: str, shards: Path, tmp_path: Path) -> None:
     shutil.copytree(shards / "text", tmp_path / "text")
-    next((tmp_path / "text").glob("*.jsonl")).unlink()
+    next((tmp_path / "text").glob("*" + SUFFIX)).unlink()
     ended = train(tmp_path, file, f"data.sources.text.shards={tmp_path / 'text'}")
     assert_one_error(ended, "shard-000000", "no index beside it", "tools.make_shards wds")
 
@@ -154,6 +157,31 @@ def test_stages_refuse_a_broken_chain(make: Make, tmp_path: Path) -> None:
     same = write(make(tmp_path / "one", init_from=one.out), tmp_path / "3.yaml")
     ended = jobs.run(tmp_path / "log", tasks.command, "stages", [files[0], same])
     assert_one_error(ended, "is also the folder of the stage before it")
+
+
+@pytest.mark.parametrize(
+    ("changes", "start", "texts"),
+    [
+        ({"steps": 0}, ["--launcher", "false"], ["recipe two cannot run: steps=0 and epochs=0"]),
+        ({}, ["--ranks", "3"], ["recipe one cannot run on 3 ranks", "data.global_batch=4"]),
+        ({"data": ("sources", {"text": Source("no/where", 1.0)})}, [], ["data folder no/where: no such folder"]),
+        ({"model": ("decoder", Decoder(vocab_size=99))}, [], ["model.decoder.vocab_size=99: tokenizer"]),
+        ({"eval": Eval(1, {"new": Source("not/there", 1.0)})}, [], ["data folder not/there: no such folder"]),
+    ],
+    ids=["recipe", "ranks", "shards", "vocabulary", "held-out shards"],
+)
+def test_a_later_stage_that_cannot_run_is_told_first(
+    make: Make, tmp_path: Path, changes: dict[str, Any], start: list[str], texts: list[str]
+) -> None:
+    one = make(tmp_path / "one")
+    for key, change in changes.items():
+        if isinstance(change, tuple):
+            changes = {**changes, key: replace(getattr(one, key), **dict([change]))}
+    two = make(tmp_path / "two", init_from=one.out, **changes)
+    files = [write(one, tmp_path / "1.yaml"), write(two, tmp_path / "2.yaml")]
+    ended = jobs.run(tmp_path / "log", tasks.command, "stages", [*files, *start])
+    assert_one_error(ended, *texts)
+    assert "== stage 1" not in ended.log and not (tmp_path / "one").exists()
 
 
 def test_stages_start_one_after_another_and_stop_at_a_failure(make: Make, tmp_path: Path) -> None:
