@@ -22,7 +22,7 @@ from mmtrain.optim.groups import param_groups
 from mmtrain.parallel.engine import Engine
 from mmtrain.parallel.groups import Groups
 from mmtrain.run.lock import RunLock
-from mmtrain.run.reader import newest
+from mmtrain.run.reader import Reader, newest
 from mmtrain.run.retain import clean_leftovers, committed
 from mmtrain.run.saver import RECIPE
 from mmtrain.run.weights import check_same_model
@@ -44,7 +44,7 @@ class Done(NamedTuple):
 
     step: int = 0
     cursor: Mapping[str, Any] | None = None
-    skips: int = 0
+    guard: Mapping[str, Any] = MappingProxyType({})
     metrics: Mapping[str, float] = MappingProxyType({})
 
 
@@ -97,12 +97,30 @@ def resume(recipe: Recipe, built: Assembly, routers: RouterState, groups: Groups
             f"{reader.folder} was trained with another recipe: {'; '.join(refused)}. Go back to its values, name these "
             "keys in resume_allow to change them on purpose, or choose another out"
         )
+    _take(reader, built, routers)
     state, step = reader.manifest.state, reader.manifest.step
+    log.info(
+        "%s: going on after step %d (%s)%s", recipe.name, step, reader.folder, "".join(f"\n  {d}" for d in allowed)
+    )
+    return Done(step, state.cursor, state.guard, state.metrics)
+
+
+def go_back(run_dir: Path, before: int, built: Assembly, routers: RouterState, groups: Groups) -> int:
+    """Take weights, moments and router state of the newest good checkpoint before step `before`. Returns its step.
+
+    0 when there is none: then nothing changes. Collective; no save may be under way.
+    """
+    reader = newest(run_dir, groups, before)
+    if reader is None:
+        return 0
+    _take(reader, built, routers)
+    return reader.manifest.step
+
+
+def _take(reader: Reader, built: Assembly, routers: RouterState) -> None:
+    """Make the state of a checkpoint the run's."""
+    state = reader.manifest.state
     built.engine.load(reader.read, state.optimizer_steps)
     if state.routers.keys() != routers.shares.keys():
         raise CheckpointError(f"{reader.folder}: router state of {sorted(state.routers)}, not {sorted(routers.shares)}")
     routers.load(state.routers)
-    log.info(
-        "%s: going on after step %d (%s)%s", recipe.name, step, reader.folder, "".join(f"\n  {d}" for d in allowed)
-    )
-    return Done(step, state.cursor, state.skips, state.metrics)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from mmtrain.assemble import assemble, resume
+from mmtrain.assemble import assemble, go_back, resume
 from mmtrain.config.check import check
 from mmtrain.config.errors import DataError, UserError
 from mmtrain.config.schema import Recipe
@@ -20,6 +20,7 @@ from mmtrain.parallel.environment import discover
 from mmtrain.parallel.groups import Groups, connect
 from mmtrain.preflight import check_vocabulary
 from mmtrain.run.guard import Guard, StopFlag, exit_code, stop_reason
+from mmtrain.run.heartbeat import Heartbeat
 from mmtrain.run.lock import RunLock
 from mmtrain.run.profile import ProfileWindow
 from mmtrain.totals import FAILED, LossTotals, StepSums
@@ -50,8 +51,22 @@ def train(recipe: Recipe, options: Options = Options()) -> int:  # noqa: B008 - 
     check_vocabulary(recipe.model, tokenizer)
     groups = connect(recipe.parallel, place)
     lock = RunLock(Path(recipe.out), groups)
+    with Heartbeat(Path(recipe.out), groups, recipe.guard.stall_seconds) as heart:
+        return run(recipe, options, tokenizer, groups, lock, profile, heart)
 
+
+def run(
+    recipe: Recipe,
+    options: Options,
+    tokenizer: Tokenizer,
+    groups: Groups,
+    lock: RunLock,
+    profile: ProfileWindow | None,
+    heart: Heartbeat,
+) -> int:
+    """What `train` does once the ranks know each other."""
     # ---- a model for one device, its pieces on the ranks, and where an interrupted run stood
+    out, sources = Path(recipe.out), len(recipe.data.sources)
     built = assemble(recipe, groups)
     engine, routers = built.engine, RouterState.first(recipe.model, groups.device)
     done = resume(recipe, built, routers, groups, lock)
@@ -65,69 +80,76 @@ def train(recipe: Recipe, options: Options = Options()) -> int:  # noqa: B008 - 
         log.info("%s: all %d steps are done", recipe.name, total_steps)
         return finish(loader, lock, groups)
     if options.check_only:
-        _, sums = agreed_step(batches, 0, groups, len(recipe.data.sources))
+        _, sums = agreed(*next_step(batches), 0, groups, sources)
         log.info("%s: every check passed; a step holds %d tokens, %d images", recipe.name, sums.tokens, sums.images)
         return finish(loader, lock, groups)
-    watch = Watch(recipe, groups, built, tokenizer, total_steps, done)
-    guard = Guard(recipe.guard.max_skips, recipe.guard.skip_steps, done.skips)
-    stop = StopFlag(Path(recipe.out), groups.rank)
+    guard = Guard(recipe.guard, done.guard)
 
     # ---- the loop
     started, stopped = time.perf_counter(), 0
-    for step in range(done.step + 1, total_steps + 1):
-        with window(profile, step):
-            with watch.phase("data_wait"):
-                data, sums = agreed_step(batches, stop.code(), groups, len(recipe.data.sources))
-            inputs = routers.inputs(sums.label_weight, sums.valid_tokens)
-            totals = LossTotals(recipe.model)
-            for number, batch in enumerate(data.micro_batches):
-                with watch.phase("forward"):
-                    losses = engine.forward(batch.to(groups.device), inputs)
-                with watch.phase("backward"):
-                    engine.backward(losses.total, last=number == len(data.micro_batches) - 1)
-                totals.add(losses)
-            totals.reduce(groups)
-            factor = lr_factor(step, recipe.optim, total_steps)
-            with watch.phase("update"):
-                norms = engine.norms()
-                skipped = guard.judge(step, totals.loss(), norms.grad_norm, float(sums.label_weight), data.pack_keys)
-                if skipped:
-                    engine.discard()
-                else:
-                    engine.step(factor)
-            routers.update(totals.by_part("counts"))
-        with watch.paused():
-            measured = held_out.measure(engine, routers) if held_out.due(step, total_steps) else None
-        watch.report(step, data, sums, totals, norms, factor, skipped, measured)
-        stopped = sums.stop
-        if stopped or step == total_steps:
-            # Before the checkpoint: once the last one is there, the same command has nothing left to do.
-            watch.summarise(time.perf_counter() - started, guard.skips)
-        if stopped or step == total_steps or step % recipe.checkpoint.every == 0:
-            watch.save(step, routers, data.cursor, guard.skips)
-        if stopped:
-            log.info("%s: stopped after step %d: %s", recipe.name, step, stop_reason(stopped))
-            break
-
-    # ---- the end
-    if profile:
-        profile.close()
-    watch.close()
-    stop.close()
+    with Watch(recipe, groups, built, tokenizer, total_steps, done, heart) as watch, StopFlag(out, groups.rank) as stop:
+        for step in range(done.step + 1, total_steps + 1):
+            with window(profile, step):
+                with watch.phase("data_wait"):
+                    mine = next_step(batches)
+                data, sums = agreed(*mine, stop.code(), groups, sources)
+                inputs = routers.inputs(sums.label_weight, sums.valid_tokens)
+                totals = LossTotals(recipe.model)
+                for number, batch in enumerate(data.micro_batches):
+                    with watch.phase("forward"):
+                        losses = engine.forward(batch.to(groups.device), inputs)
+                    with watch.phase("backward"):
+                        engine.backward(losses.total, last=number == len(data.micro_batches) - 1)
+                    totals.add(losses)
+                totals.reduce(groups)
+                factor = lr_factor(step, recipe.optim, total_steps)
+                with watch.phase("update"):
+                    norms = engine.norms()
+                    skipped = guard.judge(
+                        step, totals.loss(), norms.grad_norm, float(sums.label_weight), data.pack_keys
+                    )
+                    if skipped:
+                        engine.discard()
+                    else:
+                        engine.step(factor)
+                        routers.update(totals.by_part("counts"))
+            with watch.paused("measure"):
+                measured = held_out.measure(engine, routers) if held_out.due(step, total_steps) else None
+            watch.report(step, data, sums, totals, norms, factor, skipped, measured)
+            if before := guard.go_back_before(step):
+                watch.settle()
+                if back := go_back(out, before, built, routers, groups):
+                    guard.went_back(back)
+                    watch.went_back(back)
+            stopped = sums.stop
+            if stopped or step == total_steps:
+                # Before the checkpoint: once the last one is there, the same command has nothing left to do.
+                watch.summarise(time.perf_counter() - started, guard)
+            if stopped or step == total_steps or step % recipe.checkpoint.every == 0:
+                watch.save(step, routers, data.cursor, guard)
+            if stopped:
+                log.info("%s: stopped after step %d: %s", recipe.name, step, stop_reason(stopped))
+                break
+        if profile:
+            profile.close()
+        watch.end()
     return finish(loader, lock, groups, exit_code(stopped) if stopped else 0)
 
 
-def agreed_step(batches: Iterator[Step], stop: int, groups: Groups, num_sources: int) -> tuple[Step, StepSums]:
-    """The next step of data and its sums over all ranks. Collective.
-
-    UserError, on every rank: some rank cannot go on with its data; otherwise the others would wait for it.
-    """
-    data, problem = None, ""
+def next_step(batches: Iterator[Step]) -> tuple[Step | None, str]:
+    """This rank's next step of data, or why it cannot go on."""
     try:
-        data = next(batches)
+        return next(batches), ""
     except UserError as error:
-        stop, problem = FAILED, str(error)
-    sums = StepSums.of(data, stop, groups, num_sources)
+        return None, str(error)
+
+
+def agreed(data: Step | None, problem: str, stop: int, groups: Groups, num_sources: int) -> tuple[Step, StepSums]:
+    """This rank's data and the sums over all ranks. Collective.
+
+    DataError, on every rank: some rank has a problem with its data; otherwise the others would wait for it.
+    """
+    sums = StepSums.of(data, FAILED if problem else stop, groups, num_sources)
     if sums.stop == FAILED:
         problems = [text for text in groups.all_gather_object(problem) if text]
         raise DataError("\n".join(dict.fromkeys(problems)))

@@ -4,8 +4,8 @@ import json
 import logging
 import math
 from collections import Counter
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,8 @@ from mmtrain.model.build import parameter_counts, training_flops
 from mmtrain.parallel.engine import Norms
 from mmtrain.parallel.groups import Groups
 from mmtrain.run.flops import peak_flops
+from mmtrain.run.guard import Guard
+from mmtrain.run.heartbeat import WAITING, Heartbeat
 from mmtrain.run.manifest import RunState
 from mmtrain.run.metrics import Meter, MetricsLog, Phase, StepLines, StepRecord, peak_memory
 from mmtrain.run.plots import draw_plots
@@ -37,6 +39,8 @@ from mmtrain.totals import LossTotals, StepSums
 log = logging.getLogger("mmtrain")
 
 LEDGER = "ledger.jsonl"
+SKIPPED = "skipped.jsonl"
+"""Steps whose update was left out: step, why, and samples by pack (its number is what data.skip_packs takes)."""
 DOCUMENTS, UNUSABLE = "documents/", "unusable/"
 
 
@@ -44,10 +48,17 @@ class Watch:
     """Rank 0 writes; the other ranks take part in what is collective."""
 
     def __init__(
-        self, recipe: Recipe, groups: Groups, built: Assembly, tokenizer: Tokenizer, total_steps: int, done: Done
+        self,
+        recipe: Recipe,
+        groups: Groups,
+        built: Assembly,
+        tokenizer: Tokenizer,
+        total_steps: int,
+        done: Done,
+        heart: Heartbeat,
     ) -> None:
         self._recipe, self._groups, self._built, self._total = recipe, groups, built, total_steps
-        self._out = Path(recipe.out)
+        self._out, self._heart, self._step = Path(recipe.out), heart, done.step
         keep = recipe.checkpoint
         self._saver = Saver(self._out, groups, keep.keep_last, keep.keep_every, keep.keep_best)
         self._meter = Meter(groups.device, peak_flops(groups.device, groups.world))
@@ -60,16 +71,35 @@ class Watch:
         if self._rank0:
             self._lines = MetricsLog(self._out, done.step)
             self._ledger = StepLines(self._out / LEDGER, done.step)
+            self._skipped = StepLines(self._out / SKIPPED, done.step)
             self._progress = ProgressLog(recipe.name, total_steps, done.step)
             self._wandb = WandbLog(recipe.log, recipe.name, self._out, asdict(recipe))
 
-    def phase(self, name: Phase) -> AbstractContextManager[None]:
-        """Time what happens inside as one of the meter's phases."""
-        return self._meter.phase(name)
+    def __enter__(self) -> "Watch":
+        return self
 
-    def paused(self) -> AbstractContextManager[None]:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Let go; when the loop ends by an error, the checkpoint that is being written is still finished."""
+        if kind is not None:
+            self._saver.finish_alone()
+        if self._rank0:
+            for writer in (self._lines, self._ledger, self._skipped, self._progress, self._wandb):
+                writer.close()
+
+    @contextmanager
+    def phase(self, name: Phase) -> Iterator[None]:
+        """Time what happens inside as one of the meter's phases."""
+        self._heart.at(self._step + 1, name)
+        with self._meter.phase(name):
+            yield
+        self._heart.at(self._step + 1, WAITING + name)
+
+    @contextmanager
+    def paused(self, name: str) -> Iterator[None]:
         """Leave what happens inside out of the rates."""
-        return self._meter.paused()
+        self._heart.at(self._step + 1, name)
+        with self._meter.paused():
+            yield
 
     def report(
         self,
@@ -82,8 +112,9 @@ class Watch:
         skipped: str,
         measured: Measured | None,
     ) -> None:
-        """Take in a step; write its line when one is due. Collective where samples were unusable."""
-        recipe = self._recipe
+        """Take in a step; write its line when one is due. Collective where samples or the step were unusable."""
+        recipe, self._step = self._recipe, step
+        self._heart.at(step, "report")
         self._meter.count(sums.tokens, sums.images, self._flops(sums))
         self._counters.update(
             {DOCUMENTS + name: count for name, count in zip(recipe.data.sources, sums.documents, strict=True)}
@@ -91,6 +122,8 @@ class Watch:
         self._measured = measured
         if sums.unusable:
             self._write_ledger(step, data)
+        if skipped:
+            self._write_skipped(step, skipped, data)
         if not self._rank0:
             return
         self._progress.update(step)
@@ -135,7 +168,29 @@ class Watch:
             if self._rank0:
                 self._ledger.write({"step": step, **line})
 
-    def save(self, step: int, routers: RouterState, cursor: Mapping[str, Any], skips: int) -> None:
+    def _write_skipped(self, step: int, why: str, data: Step) -> None:
+        """Append a step that was left out, with the samples of all its packs, to OUT/skipped.jsonl."""
+        groups, shape = self._groups, self._recipe.data
+        first = (step - 1) * shape.global_batch
+        places = [n for n in range(shape.global_batch) if n % shape.num_lanes() % groups.data_size == groups.data_rank]
+        mine = {first + place: keys for place, keys in zip(places, data.pack_keys, strict=True)}
+        packs = {number: keys for rank in groups.all_gather_object(mine) for number, keys in rank.items()}
+        if self._rank0:
+            self._skipped.write({"step": step, "why": why, "packs": dict(sorted(packs.items()))})
+            log.warning("step %d left out: %s; its samples are in %s", step, why, self._skipped.path)
+
+    def went_back(self, to: int) -> None:
+        """Tell that the weights are those of step `to` again."""
+        log.warning("step %d: went back to the weights of step %d; its packs and those since are left", self._step, to)
+        if self._rank0:
+            self._skipped.write({"step": self._step, "why": f"the weights of step {to} are back", "packs": {}})
+
+    def settle(self) -> None:
+        """Wait for the checkpoint that is being written, if any. Collective."""
+        self._heart.at(self._step, "waiting for the checkpoint")
+        self._saver.settle()
+
+    def save(self, step: int, routers: RouterState, cursor: Mapping[str, Any], guard: Guard) -> None:
         """Start a checkpoint. Collective."""
         engine, mesh = self._built.engine, self._groups.mesh
         held_out = self._measured.held_out.get("all", math.nan) if self._measured else math.nan
@@ -153,35 +208,34 @@ class Watch:
             cursor=cursor,
             routers=routers.as_json(),
             metrics={**self._counters, **measured},
-            skips=skips,
+            guard=guard.as_json(),
         )
-        with self._meter.paused():
+        with self.paused("save"):
             self._saver.save(step, engine.pieces(), state, self._tokenizer_files)
 
-    def summarise(self, seconds: float, skips: int) -> None:
+    def summarise(self, seconds: float, guard: Guard) -> None:
         """Draw the plots and write report.json. Collective."""
+        self._heart.at(self._step, "report")
         memory = max(self._groups.all_gather_object(peak_memory(self._groups.device)))
         if not self._rank0:
             return
         assert self._record is not None, "the step that ends a run is always logged"
         draw_plots(self._lines.path, self._out / "plots", self._recipe.name)
-        self._summed_up = self._summary(self._record, seconds, skips, memory / 2**30)
+        self._summed_up = self._summary(self._record, seconds, guard, memory / 2**30)
         write_report(self._summed_up, self._out)
 
-    def close(self) -> None:
+    def end(self) -> None:
         """Wait for the last checkpoint and print the report's table. Collective.
 
         CheckpointError: the last checkpoint could not be written.
         """
+        self._heart.at(self._step, "last checkpoint")
         self._saver.wait()
-        if not self._rank0:
-            return
-        for writer in (self._lines, self._ledger, self._progress, self._wandb):
-            writer.close()
         if self._summed_up is not None:
+            self._progress.close()
             rich.print(table(self._summed_up))
 
-    def _summary(self, record: StepRecord, seconds: float, skips: int, memory_gib: float) -> Report:
+    def _summary(self, record: StepRecord, seconds: float, guard: Guard, memory_gib: float) -> Report:
         """The report of the run as of its last logged step."""
         count = parameter_counts(self._recipe.model)["all"]
         return Report(
@@ -191,7 +245,8 @@ class Watch:
             consumed=self._by_source(DOCUMENTS),
             skipped_samples=self._by_source(UNUSABLE),
             final_losses={**record.loss_by_source, "all": record.language_loss},
-            skipped_steps=skips,
+            skipped_steps=guard.skips,
+            rollbacks=guard.rollbacks,
             expert_shares=record.expert_shares,
             evaluation={"held_out": record.held_out, "matching": record.matching},
             timings={

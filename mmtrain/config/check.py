@@ -30,6 +30,7 @@ AT_LEAST_ONE = (
     "checkpoint.every",
     "checkpoint.keep_last",
     "log.every",
+    "guard.spike_window",
     "eval.batches",
     "eval.matching.limit",
 )

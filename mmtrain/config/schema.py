@@ -237,6 +237,16 @@ class Guard:
     """Skipped steps of a run at most; one more stops it."""
     skip_steps: list[int] = field(default_factory=list)
     """Steps (from 1) whose update is left out on purpose."""
+    spike: float = 0.0
+    """A loss or gradient norm above this times its median is unusable, as one that is not finite; 0 takes any."""
+    spike_window: int = 64
+    """Usable steps that the median is of; nothing is a spike before there are as many."""
+    rollback_after: int = 3
+    """Unusable steps in a row after which the weights go back to the checkpoint before them; 0 never goes back."""
+    max_rollbacks: int = 2
+    """Times that a run goes back at most; a further row of unusable steps stops it."""
+    stall_seconds: float = 60.0
+    """Time without a sign of life after which a rank is called stalled, and the job ends; 0 waits for ever."""
 
 
 @dataclass(frozen=True)

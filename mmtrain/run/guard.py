@@ -1,4 +1,4 @@
-"""When to leave a step out, and when to stop: for people, schedulers and numbers.
+"""When to leave a step out, when to go back, and when to stop: for people, schedulers and numbers.
 
 A job is told to stop by SIGTERM, by SIGUSR1 (SLURM: `--signal=USR1@300`), by a file OUT/stop, or by a deadline:
 MMTRAIN_DEADLINE holds a Unix time in seconds, e.g. `export MMTRAIN_DEADLINE=$((SLURM_JOB_END_TIME - 300))`. Signals may
@@ -9,11 +9,15 @@ reach one rank alone (launchers end ranks one after another), so the ranks agree
 import math
 import os
 import signal
+import statistics
 import time
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
+from mmtrain.config import schema
 from mmtrain.config.errors import ConfigError, UserError
 from mmtrain.run.manifest import shortened
 
@@ -57,6 +61,12 @@ class StopFlag:
             return 4
         return self._signal or (3 if time.time() >= self._deadline else 0)
 
+    def __enter__(self) -> "StopFlag":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
     def close(self) -> None:
         """Put the handlers back that were there before."""
         for number, handler in self._before.items():
@@ -84,38 +94,90 @@ def exit_code(code: int) -> int:
 
 
 class Guard:
-    """Decides, from numbers that all ranks share, whether an update may be applied.
+    """Decides, from numbers that all ranks share, whether an update may be applied, and whether to go back.
 
-    max_skips    unusable steps of a run at most
-    skip_steps   steps that are left out on purpose; they do not count
-    skips        unusable steps so far (from the checkpoint)
+    options      the recipe's guard section
+    state        `as_json` of the guard whose run goes on
+    skips        unusable steps so far; those left out on purpose, or without anything to learn from, do not count
+    rollbacks    times that the weights went back to a checkpoint
     """
 
-    def __init__(self, max_skips: int, skip_steps: Sequence[int] = (), skips: int = 0):
-        self.max_skips, self.skip_steps, self.skips = max_skips, frozenset(skip_steps), skips
+    def __init__(self, options: schema.Guard, state: Mapping[str, Any] | None = None):
+        state = state or {}
+        self._options = options
+        self.skips: int = state.get("skips", 0)
+        self.rollbacks: int = state.get("rollbacks", 0)
+        self._row: list[int] = list(state.get("row", []))
+        self._before: int = state.get("before", 0)
+        self._usable: deque[list[float]] = deque(state.get("usable", []), options.spike_window)
+
+    def as_json(self) -> dict[str, Any]:
+        """What a run that goes on must know."""
+        return {
+            "skips": self.skips,
+            "rollbacks": self.rollbacks,
+            "row": list(self._row),
+            "before": self._before,
+            "usable": [list(pair) for pair in self._usable],
+        }
 
     def judge(
         self, step: int, loss: float, grad_norm: float, label_weight: float, pack_keys: Sequence[Sequence[str]]
     ) -> str:
         """Why step `step` is to be skipped; empty to apply it. Loss, norm and label weight are the global batch's.
 
-        pack_keys: samples of this rank's packs. TrainingStopped when that is one skip too many; a step that is left
-        out on purpose, or that has nothing to learn from, does not count.
+        pack_keys: samples of this rank's packs. TrainingStopped when that is one skip too many.
         """
-        if step in self.skip_steps:
+        if step in self._options.skip_steps:
             return "listed in guard.skip_steps"
         if label_weight == 0:
             return "no label in the global batch"
-        numbers = {"loss": loss, "gradient norm": grad_norm}
-        wrong = [f"{name} {value}" for name, value in numbers.items() if not math.isfinite(value)]
+        wrong = self._wrong({"loss": loss, "gradient norm": grad_norm})
         if not wrong:
+            self._usable.append([loss, grad_norm])
+            self._row, self._before = [], 0
             return ""
         self.skips += 1
-        if self.skips > self.max_skips:
+        self._row.append(step)
+        if self.skips > self._options.max_skips:
             keys = shortened([key for pack in pack_keys for key in pack], 8)
             raise TrainingStopped(
                 f"step {step}: {' and '.join(wrong)}; that is unusable step {self.skips} of this run, guard.max_skips "
-                f"is {self.max_skips}. Samples of the step: {keys}. Lower optim.lr, look at these "
+                f"is {self._options.max_skips}. Samples of the step: {keys}. Lower optim.lr, look at these "
                 "samples, or go on from the last checkpoint with guard.skip_steps."
             )
         return " and ".join(wrong)
+
+    def _wrong(self, numbers: Mapping[str, float]) -> list[str]:
+        """What is not finite, or a spike against the usable steps before."""
+        wrong = [f"{name} {value}" for name, value in numbers.items() if not math.isfinite(value)]
+        factor, window = self._options.spike, self._options.spike_window
+        if wrong or not factor or len(self._usable) < window:
+            return wrong
+        for (name, value), seen in zip(numbers.items(), zip(*self._usable, strict=True), strict=True):
+            median = statistics.median(seen)
+            if value > factor * median:
+                wrong.append(f"{name} {value:.4g} above {factor:g} times {median:.4g}, the median of {window} steps")
+        return wrong
+
+    def go_back_before(self, step: int) -> int:
+        """Step that the weights must be older than, if `step` made a row of unusable steps long enough; else 0.
+
+        TrainingStopped when the run went back often enough.
+        """
+        after = self._options.rollback_after
+        if not after or step not in self._row[-1:] or len(self._row) % after:
+            return 0
+        if self.rollbacks >= self._options.max_rollbacks:
+            raise TrainingStopped(
+                f"steps {self._row[0]} to {self._row[-1]} were unusable, after the weights went back "
+                f"{self.rollbacks} times; guard.max_rollbacks is {self._options.max_rollbacks}. Lower optim.lr, or "
+                "start from an older checkpoint."
+            )
+        return self._before or self._row[0]
+
+    def went_back(self, to: int) -> None:
+        """The weights are those of step `to` again. Should the next step be no better, they must be older still."""
+        self.rollbacks += 1
+        self._row, self._before = [], to
+        self._usable.clear()

@@ -31,7 +31,7 @@ class RunState:
     cursor            planner cursor; its state after this step
     routers           part -> {"load_share": [layers][E], "bias": [layers][E]}
     metrics           numbers worth choosing by, e.g. held_out_loss
-    skips             steps that the guard has skipped so far
+    guard             what the guard knows of earlier steps (run.guard); empty in weights that nobody trained
     """
 
     optimizer_steps: int
@@ -41,7 +41,7 @@ class RunState:
     cursor: Mapping[str, Any] = field(default_factory=dict)
     routers: Mapping[str, Any] = field(default_factory=dict)
     metrics: Mapping[str, float] = field(default_factory=dict)
-    skips: int = 0
+    guard: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ def decode(data: bytes, folder: Path) -> Manifest:
         )
     return Manifest(
         step=values["step"],
-        state=RunState(**{name: values[name] for name in RunState.__dataclass_fields__}),
+        state=RunState(**{name: values[name] for name in RunState.__dataclass_fields__ if name in values}),
         files={name: FileRecord(**record) for name, record in values["files"].items()},
         tensors={name: tuple(shape) for name, shape in values["tensors"].items()},
     )

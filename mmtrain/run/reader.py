@@ -185,13 +185,15 @@ def _verified(folder: Path, name: str, contents: Manifest) -> dict[str, list[Ent
     return {name: ShardFile(folder / name).entries()}
 
 
-def newest(run_dir: Path, comm: Comm | None = None) -> Reader | None:
+def newest(run_dir: Path, comm: Comm | None = None, before: int | None = None) -> Reader | None:
     """The newest good checkpoint of a run folder, with a loud line for each damaged one; None when there is none.
 
+    before    only checkpoints of earlier steps than this
     CheckpointError when there are checkpoints and every one is damaged: starting over would hide the loss.
     """
     comm = comm or SingleProcess()
-    folders = _from_rank_0(comm, lambda: list(retain.committed(run_dir).values()))
+    found = _from_rank_0(comm, lambda: retain.committed(run_dir))
+    folders = [folder for step, folder in found.items() if before is None or step < before]
     for folder in reversed(folders):
         try:
             reader = open_checkpoint(folder, comm)

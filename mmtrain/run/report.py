@@ -34,7 +34,9 @@ class Report:
     final_losses: Mapping[str, float]
     """Loss by source, and `all`, of the last logged step."""
     skipped_steps: int = 0
-    """Steps left out because their numbers were not finite."""
+    """Steps left out because their numbers were not finite, or spikes."""
+    rollbacks: int = 0
+    """Times that the weights went back to a checkpoint."""
     expert_shares: Mapping[str, Mapping[str, list[float]]] = field(default_factory=dict)
     """Part -> layer -> share of choices by expert, last logged step."""
     evaluation: Mapping[str, Any] = field(default_factory=dict)

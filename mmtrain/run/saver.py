@@ -67,6 +67,7 @@ class Saver:
         self.run_dir, self.comm, self.time_limit = run_dir, comm, time_limit
         self._keep = (keep_last, keep_every, keep_best)
         self._thread: threading.Thread | None = None
+        self._alone = threading.Event()
         self._failure = ""
         self._bug: Exception | None = None
         self._host: dict[str, torch.Tensor] = {}
@@ -79,7 +80,7 @@ class Saver:
         `state` and `files` (name -> content, e.g. tokenizer.json) are rank 0's. The tensors may change as soon as
         this returns. A failure of the save before was a loud line already and is forgotten here.
         """
-        self._settle()
+        self.settle()
         tmp = retain.step_folder(self.run_dir, step).with_suffix(".tmp")
         self._failure = self._fresh(tmp) if self.comm.rank == 0 else ""
         if self.comm.all_gather_object(self._failure)[0]:
@@ -90,12 +91,21 @@ class Saver:
 
     def wait(self) -> None:
         """Return when the newest save is committed. CheckpointError, on all ranks, when it failed."""
-        if failures := self._settle():
+        if failures := self.settle():
             last = max(retain.committed(self.run_dir), default=None)
             good = f"The last good checkpoint is step {last}" if last is not None else "There is no checkpoint"
             raise CheckpointError(f"{failures[0]}. {good} in {self.run_dir}. Mend that, then run the same command.")
 
-    def _settle(self) -> list[str]:
+    def finish_alone(self) -> None:
+        """Wait for this rank's thread without the other ranks, because training has failed here or everywhere.
+
+        Rank 0's thread gives the others _GRACE seconds, or what is left of its time limit if that is less.
+        """
+        if self._thread is not None:
+            self._alone.set()
+            self._thread.join()
+
+    def settle(self) -> list[str]:
         """Wait for all ranks' threads; what kept them from saving. An error that is no disk's is raised."""
         if self._thread is not None:
             self._thread.join()
@@ -179,7 +189,7 @@ class Saver:
                     votes[rank] = json.loads(path.read_bytes())
                     if "error" in votes[rank]:
                         raise CheckpointError(f"rank {rank} could not write its file: {votes[rank]['error']}")
-            if not orphaned and not threading.main_thread().is_alive():
+            if not orphaned and (self._alone.is_set() or not threading.main_thread().is_alive()):
                 orphaned, deadline = True, min(deadline, time.monotonic() + _GRACE)
             if len(votes) < self.comm.world and time.monotonic() > deadline:
                 late = shortened([str(rank) for rank in missing])

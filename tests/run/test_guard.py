@@ -1,10 +1,12 @@
 """Stop flags, and steps that cannot be used."""
 
+import json
 import os
 import signal
 
 import pytest
 
+from mmtrain.config import schema
 from mmtrain.config.errors import ConfigError
 from mmtrain.run.guard import (
     EXIT_REQUEUE,
@@ -73,7 +75,7 @@ def test_rank_0_alone_looks_for_the_stop_file(flag, tmp_path):
 
 
 def test_steps_that_cannot_be_used_are_counted_and_bounded():
-    guard = Guard(max_skips=2, skip_steps=[5], skips=1)
+    guard = Guard(schema.Guard(max_skips=2, skip_steps=[5]), {"skips": 1})
     assert guard.judge(3, 2.0, 1.0, 9.0, []) == ""
     assert guard.judge(4, float("nan"), float("inf"), 9.0, []) == "loss nan and gradient norm inf"
     assert guard.judge(4, float("nan"), 0.0, 0.0, []) == "no label in the global batch"
@@ -85,3 +87,54 @@ def test_steps_that_cannot_be_used_are_counted_and_bounded():
     text = str(caught.value)
     assert text.startswith("step 6: gradient norm nan; that is unusable step 3 of this run, guard.max_skips is 2.")
     assert "captions/0, captions/1" in text and "and 2 more" in text and "guard.skip_steps" in text
+
+
+def test_a_spike_is_one_against_the_median_of_enough_usable_steps():
+    options = schema.Guard(spike=3.0, spike_window=3)
+    guard = Guard(options)
+    losses, norms = [2.0, 9.0, 2.2, 6.5, 2.4, 6.7], [1.0, 1.0, 1.0, 1.0, 1.0, 1.0]
+    told = [guard.judge(step, *pair, 9.0, []) for step, pair in enumerate(zip(losses, norms, strict=True), 1)]
+    # after three steps the median is 2.2, and 6.5 stays below 6.6; after it and 2.4 the median is 2.4: 6.7 < 7.2
+    assert told == [""] * 6
+    assert guard.judge(7, 2.0, 3.1, 9.0, []) == "gradient norm 3.1 above 3 times 1, the median of 3 steps"
+    assert guard.judge(8, 19.6, 1.0, 9.0, []) == "loss 19.6 above 3 times 6.5, the median of 3 steps"
+    again = Guard(options, json.loads(json.dumps(guard.as_json())))
+    assert again.as_json() == guard.as_json()
+    assert again.judge(9, 19.6, 1.0, 9.0, []).startswith("loss 19.6 above 3 times 6.5") and again.skips == 3
+
+
+def test_without_a_factor_nothing_finite_is_a_spike():
+    guard = Guard(schema.Guard(spike_window=1))
+    assert guard.judge(1, 1.0, 1.0, 9.0, []) == guard.judge(2, 1e9, 1e9, 9.0, []) == ""
+
+
+def unusable(guard, *steps):
+    """Where the guard would go back before, after each of these steps."""
+    found = []
+    for step in steps:
+        guard.judge(step, float("nan"), 1.0, 9.0, [])
+        found.append(guard.go_back_before(step))
+    return found
+
+
+def test_a_row_of_unusable_steps_goes_back_ever_further_and_not_for_ever():
+    guard = Guard(schema.Guard(rollback_after=2, max_rollbacks=2, max_skips=99))
+    assert unusable(guard, 4) == [0]
+    guard.judge(5, 1.0, 1.0, 9.0, [])
+    assert guard.go_back_before(5) == 0 and unusable(guard, 6, 7) == [0, 6]  # a usable step ends a row
+    guard.went_back(3)
+    assert unusable(guard, 8, 9) == [0, 3]  # the weights of step 3 are no better: older than these
+    guard.went_back(1)
+    again = Guard(schema.Guard(rollback_after=2, max_rollbacks=2, max_skips=99), guard.as_json())
+    with pytest.raises(TrainingStopped, match=r"steps 10 to 11 were unusable, after the weights went back 2 times"):
+        unusable(again, 10, 11)
+    once_usable = Guard(schema.Guard(rollback_after=2, max_rollbacks=3, max_skips=99), guard.as_json())
+    once_usable.judge(10, 1.0, 1.0, 9.0, [])
+    assert unusable(once_usable, 11, 12) == [0, 11]
+    never = Guard(schema.Guard(rollback_after=0, max_skips=99))
+    assert unusable(never, *range(1, 9)) == [0] * 8
+
+
+def test_without_a_checkpoint_the_row_goes_on_until_it_is_as_long_again():
+    guard = Guard(schema.Guard(rollback_after=2, max_skips=99))
+    assert unusable(guard, 1, 2, 3, 4) == [0, 1, 0, 1]

@@ -125,6 +125,11 @@ def measured(recipe: Recipe, every: int) -> Recipe:
     return replace(recipe, eval=Eval(every=every, sources=sources, batches=2))
 
 
+def with_workers(recipe: Recipe, workers: int) -> Recipe:
+    """`recipe` with decoding processes."""
+    return replace(recipe, data=replace(recipe.data, workers=workers))
+
+
 def curve(recipe: Recipe) -> list[dict[str, Any]]:
     """The lines of a run's metrics without what a clock or the memory says."""
     drop = {*Rates.__dataclass_fields__, *PHASES}
@@ -146,7 +151,7 @@ def assert_same_end(one: Recipe, other: Recipe) -> None:
     """Parameters, moments, router state and place in the stream of two runs, to the bit."""
     a, b = last(one), last(other)
     assert a.manifest.step == b.manifest.step
-    for field in ("cursor", "routers", "skips", "optimizer_steps", "metrics"):
+    for field in ("cursor", "routers", "guard", "optimizer_steps", "metrics"):
         assert getattr(a.manifest.state, field) == getattr(b.manifest.state, field), field
     kinds = ("param", "exp_avg", "exp_avg_sq")
     first, second = tensors(a, kinds), tensors(b, kinds)
