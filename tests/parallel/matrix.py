@@ -78,7 +78,7 @@ class Case(NamedTuple):
 
 
 def full() -> list[Case]:
-    """All cases; with activation checkpointing each layout once more."""
+    """All cases, and each layout once more with checkpointing. SGD without and AdamW with clipping come first."""
     layouts = [
         (world, stage, tensor, expert)
         for world, tensor, expert, stage in itertools.product((1, 2, 4, 8), (1, 2, 4), (1, 2, 4), range(4))
@@ -89,7 +89,8 @@ def full() -> list[Case]:
         for layout in layouts
         for accumulation, optimizer, clip in itertools.product((1, 4), ("sgd", "adamw"), (True, False))
     ]
-    return sorted(plain + [Case(*layout, 1, "adamw", True, True) for layout in layouts])
+    cases = plain + [Case(*layout, 1, "adamw", True, True) for layout in layouts]
+    return sorted(cases, key=lambda case: ((case.optimizer == "adamw") != case.clip, case))
 
 
 def pairs(case: Case) -> set[tuple]:
@@ -163,14 +164,15 @@ def measure(case: Case, found: Record, wanted: Record) -> Line:
 
 
 def run(cases: Iterable[Case], folder: Path, fresh: bool = False) -> Iterator[Line]:
-    """Run the cases, worlds of one size together; a line as each one ends. A case that fails ends its ranks only."""
+    """Run the cases, neighbours of one world size together; a line as each ends. One that fails ends only its ranks."""
     references = References()
-    cases = list(cases)
-    for case in cases:
-        if case.refused():
-            yield Line(case, "", case.refused(), {}, {}, 0)
-    for world in sorted({case.world for case in cases}):
-        left = [case for case in cases if case.world == world and not case.refused()]
+    for world, neighbours in itertools.groupby(cases, lambda case: case.world):
+        left = []
+        for case in neighbours:
+            if reason := case.refused():
+                yield Line(case, "", reason, {}, {}, 0)
+            else:
+                left.append(case)
         while left:
             watch = Watch(folder, left, references)
             try:
