@@ -3,6 +3,7 @@
     python -m tools.parity                              the covering part that the test suite runs
     python -m tools.parity --all --out parity.jsonl     every layout of 1, 2, 3, 4, 6 and 8 ranks; resumable
     python -m tools.parity --layouts 2.1.2.1 4.3.1.1    world.stage.tensor.expert, with AdamW and SGD
+    python -m tools.parity --checkpoints                every layout's checkpoint goes on under every other layout
 
 Run it on a new machine or after an upgrade. The largest difference of a case counts loss, its terms (language loss by
 source, router losses by part), gradient norm (whole and by part), and every parameter and Adam moment after every step.
@@ -19,7 +20,7 @@ from pathlib import Path
 import torch
 
 from mmtrain.config.errors import ConfigError
-from tests.parallel import compare, matrix
+from tests.parallel import compare, crossing, matrix
 from tests.parallel.matrix import STEPS, Case, Line
 
 KINDS = ("loss", "term", "norm", "part_norm", "param", "exp_avg", "exp_avg_sq")
@@ -31,8 +32,11 @@ def main() -> int:
     parser.add_argument("--all", action="store_true", help="every layout, not the covering part")
     parser.add_argument("--layouts", nargs="+", default=[], metavar="WORLD.STAGE.TENSOR.EXPERT")
     parser.add_argument("--out", type=Path, help="a line of JSON for each case; cases that it holds are not run again")
+    parser.add_argument("--checkpoints", action="store_true", help="save under one layout, load under another")
     parser.add_argument("--fresh", action="store_true", help="a new interpreter for each rank instead of a fork")
     arguments = parser.parse_args()
+    if arguments.checkpoints:
+        return checkpoints()
     try:
         cases = chosen(arguments.all, arguments.layouts)
     except ConfigError as error:
@@ -51,6 +55,21 @@ def main() -> int:
                 with arguments.out.open("a") as file:
                     file.write(json.dumps(as_json(line)) + "\n")
     return summarise([lines[str(case)] for case in cases])
+
+
+def checkpoints() -> int:
+    """All ordered pairs of layouts."""
+    differences = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for pair, largest, row in crossing.run(crossing.all_pairs(), Path(folder)):
+            differences[pair] = largest
+            print(f"{pair}: {largest:.1e}" + ("" if largest <= compare.TOLERANCE else f"\n{row}"), flush=True)
+    failed = [str(pair) for pair, largest in differences.items() if not largest <= compare.TOLERANCE]
+    print(
+        f"{len(differences)} ordered pairs, {crossing.STEPS} steps after loading, largest difference "
+        f"{max(differences.values()):.1e}, {len(failed)} failed: {failed}"
+    )
+    return int(bool(failed))
 
 
 def chosen(everything: bool, layouts: Iterable[str]) -> list[Case]:

@@ -111,8 +111,8 @@ def continue_from(recipe: Recipe, groups: Groups, start: State, counts: dict[str
     one_step(engine, recipe, groups, 5, None)
     engine.step(1.0)
     engine.load(reader(start), HALF)
-    counts = {part: value.float() for part, value in counts.items()}
-    return harness.train(recipe, groups, steps, engine=engine, first=HALF, counts=counts)
+    routers = harness.routers_of(recipe, counts)
+    return harness.train(recipe, groups, steps, engine=engine, first=HALF, routers=routers)
 
 
 def own_eps(groups: Groups, parallel: Parallel, reference: Record) -> Record:
@@ -121,11 +121,11 @@ def own_eps(groups: Groups, parallel: Parallel, reference: Record) -> Record:
     recipe = replace(recipe, optim=replace(recipe.optim, eps=Optim().eps))
     engine, record = harness.build(recipe, groups), Record()
     for step in range(len(reference.state)):
-        counts = None
+        routers = harness.routers_of(recipe)
         if step:
             engine.load(reader(reference.state[step - 1]), step)
-            counts = {part: value.float() for part, value in reference.counts[step - 1].items()}
-        one = harness.train(recipe, groups, step + 1, engine=engine, first=step, counts=counts)
+            routers = harness.routers_of(recipe, reference.counts[step - 1])
+        one = harness.train(recipe, groups, step + 1, engine=engine, first=step, routers=routers)
         for name, values in vars(one).items():
             getattr(record, name).extend(values)
     return record

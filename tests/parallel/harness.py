@@ -149,14 +149,14 @@ def train(
     accumulation: int = 2,
     engine: Engine | None = None,
     first: int = 0,
-    counts: dict[str, torch.Tensor] | None = None,
+    routers: RouterState | None = None,
 ) -> Record:
     """Steps first .. steps - 1; after each one this rank's pieces, as a checkpoint gets them.
 
-    counts: the router counts of step first - 1.
+    routers: the state after step first - 1.
     """
     engine = build(recipe, groups) if engine is None else engine
-    record, routers = Record(), routers_of(recipe, counts)
+    record, routers = Record(), routers_of(recipe) if routers is None else routers
     for step in range(first, steps):
         packs = tiny.packs(recipe.model, step, count=recipe.data.global_batch)
         inputs = inputs_of(recipe, packs, routers)
