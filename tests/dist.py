@@ -4,6 +4,7 @@ The ranks are forked from a server that has imported the engines once: importing
 most tests. `fresh=True` starts an interpreter for each rank instead, as a launcher does.
 """
 
+import ctypes
 import importlib
 import multiprocessing
 import os
@@ -21,6 +22,8 @@ from mmtrain.parallel.environment import free_port
 
 ROOT = Path(__file__).resolve().parents[1]
 SETTINGS = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(ROOT)}
+
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 class RankError(AssertionError):
@@ -150,6 +153,7 @@ def _kill(rank: Rank) -> None:
 
 
 def _main(task: Path, rank: int) -> None:
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # no rank outlives a test run that is killed
     module, name, arguments = pickle.loads(task.read_bytes())
     result = getattr(importlib.import_module(module), name)(*arguments)
     _file(task, rank, "result").write_bytes(pickle.dumps(result))

@@ -19,17 +19,12 @@ def engine_problems(layout: Parallel) -> Iterator[str]:
     if layout.zero_stage == 0 and layout.expert > 1:
         yield (
             f"parallel.zero_stage=0 with parallel.expert={layout.expert} clips with a wrong gradient norm; "
-            "take zero_stage 1 or 2, or expert=1"
+            "take zero_stage 1, 2 or 3, or expert=1"
         )
     if layout.zero_stage == 0 and layout.precision == "bf16":
         yield (
             "parallel.zero_stage=0 with precision=bf16 cannot sum gradients in fp32; "
             "take zero_stage 1, or precision=fp32"
-        )
-    if layout.zero_stage == 3 and layout.expert > 1:
-        yield (
-            f"parallel.zero_stage=3 with parallel.expert={layout.expert}: DeepSpeed refuses experts over ranks there; "
-            "take zero_stage 2, or expert=1"
         )
     if layout.zero_stage == 0 and layout.offload_optimizer:
         yield "parallel.offload_optimizer needs sharded optimizer state; take zero_stage 1, 2 or 3"

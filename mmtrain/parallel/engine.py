@@ -25,7 +25,7 @@ from mmtrain.model.stepio import BatchLike, Losses, StepInputs
 from mmtrain.parallel.box import Piece
 from mmtrain.parallel.groups import Groups
 from mmtrain.parallel.libraries import deepspeed
-from mmtrain.parallel.marker import ExpertMarker, mark_experts
+from mmtrain.parallel.marker import ExpertMarker, mark_experts, place_experts
 from mmtrain.parallel.materialize import Make, Partition, fill
 from mmtrain.parallel.tensor import Layout, parameters, shard
 from mmtrain.parallel.transfer import Frozen, Read, Transfer
@@ -91,9 +91,13 @@ class Engine:
         for name, parameter in parameters(model):
             parameter.requires_grad_(name in learning)
             parameter.ds_optim_param = True  # keeps DeepSpeed from broadcasting it: each rank makes the same values
-        mark_experts(model, optimizer_groups, groups)
         frozen: dict[str, Frozen] = {}
-        partition = Partition(config, groups) if config["zero_optimization"]["stage"] == 3 else None
+        partition = None
+        if config["zero_optimization"]["stage"] == 3:
+            place_experts(model, groups)
+            partition = Partition(config, groups)
+        else:
+            mark_experts(model, optimizer_groups, groups)
 
         def keep(name: str, parameter: nn.Parameter) -> None:
             if name not in learning:
@@ -189,12 +193,12 @@ def _initialize(
 ) -> Any:
     """deepspeed.initialize with our optimizer over our groups."""
     filled = dict(parameters(model))
-    expert = groups.mesh.expert
+    marked = groups.mesh.expert > 1 and recipe.parallel.zero_stage < 3
     settings = []
     for group in optimizer_groups:
         settings.append({**group, "params": [filled[name] for name in group["names"]], "peak": group["lr"]})
-        if group["expert"] and expert > 1:
-            settings[-1] |= {"moe": True, "name": ExpertMarker.group_name(expert)}
+        if group["expert"] and marked:
+            settings[-1] |= {"moe": True, "name": ExpertMarker.group_name(groups.mesh.expert)}
     engine, *_ = deepspeed.initialize(
         model=model,
         optimizer=_optimizer(recipe.optim, settings),

@@ -1,4 +1,8 @@
-"""How DeepSpeed learns that experts are spread over ranks: marked parameters, and one module of a type it knows."""
+"""How DeepSpeed learns that experts are spread over ranks.
+
+ZeRO-1 and 2: marked parameters, and one module of a type that it knows. ZeRO-3 refuses that type; there a parameter
+says itself over which ranks it is partitioned (attributes that DeepSpeed's AutoEP layers set; private, pinned, tested).
+"""
 
 from typing import Any
 
@@ -25,17 +29,33 @@ class ExpertMarker(MoE):
         return f"ep_size_{expert}"
 
     def set_deepspeed_parallelism(self, use_data_before_expert_parallel_: bool = False) -> None:
-        """Called by DeepSpeed: the groups are megatron-core's; DeepSpeed's own would lie differently."""
-        mesh, name = self._groups.mesh, self.expert_group_name
-        registry = deepspeed.utils.groups
-        registry._EXPERT_PARALLEL_GROUP[name] = self._groups.expert
-        registry._EXPERT_DATA_PARALLEL_GROUP[name] = self._groups.replica
-        registry._EXPERT_PARALLEL_GROUP_RANKS[name] = mesh.expert_groups()
-        registry._EXPERT_DATA_PARALLEL_GROUP_RANKS[name] = mesh.replica_groups()
+        """Called by DeepSpeed."""
+        register(self._groups)
+
+
+def register(groups: Groups) -> None:
+    """Give DeepSpeed megatron-core's expert groups; its own would lie differently."""
+    mesh, name, registry = groups.mesh, ExpertMarker.group_name(groups.mesh.expert), deepspeed.utils.groups
+    registry._EXPERT_PARALLEL_GROUP[name] = groups.expert
+    registry._EXPERT_DATA_PARALLEL_GROUP[name] = groups.replica
+    registry._EXPERT_PARALLEL_GROUP_RANKS[name] = mesh.expert_groups()
+    registry._EXPERT_DATA_PARALLEL_GROUP_RANKS[name] = mesh.replica_groups()
+
+
+def place_experts(model: nn.Module, groups: Groups) -> None:
+    """ZeRO-3: partition experts, frozen ones too, over the ranks that hold the same ones. Before the partition."""
+    if groups.mesh.expert == 1:
+        return
+    register(groups)
+    for name, parameter in parameters(model):
+        if ".experts." in name:
+            parameter.ds_zero_placement_family = "autoep_expert"
+            parameter.ds_zero_partition_group_name = ExpertMarker.group_name(groups.mesh.expert)
+            parameter.ds_zero_partition_process_group = groups.replica
 
 
 def mark_experts(model: nn.Module, optimizer_groups: list[dict[str, Any]], groups: Groups) -> None:
-    """Mark the experts that learn, when they are spread over ranks. Frozen ones are nothing to DeepSpeed."""
+    """ZeRO-1 and 2: mark the experts that learn, when they are spread. Frozen ones are nothing to DeepSpeed."""
     if groups.mesh.expert == 1:
         return
     experts = {name for group in optimizer_groups if group["expert"] for name in group["names"]}

@@ -64,9 +64,8 @@ class Reference:
     def forwards(self, leaves: reference.Params, packs: list[tiny.Pack]) -> Iterator[tuple[torch.Tensor, Routing]]:
         """The loss of each cut of the batch; they add up to the step's."""
         shares = reference.Shares(self.load, tiny.valid_tokens(self.recipe.model, packs), self.bias)
-        size = len(packs) // self.cuts
-        for start in range(0, len(packs), size):
-            batch = join(packs[start : start + size])
+        for first in range(self.cuts):  # every cut has an image
+            batch = join(packs[first :: self.cuts])
             batch["weights"] = batch["weights"].to(self.dtype)
             yield reference.forward(leaves, self.recipe, self.scales, batch, shares, tiny.label_weight(packs))
 

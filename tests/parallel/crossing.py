@@ -41,8 +41,8 @@ LAYOUTS: dict[str, tuple[int, Parallel]] = {
     "w2-z3": (2, Parallel(zero_stage=3)),
     "w3-z2": (3, Parallel(zero_stage=2)),
     "w4-z2-tp2-ep2": (4, Parallel(zero_stage=2, tensor=2, expert=2)),
-    "w4-z3-tp2": (4, Parallel(zero_stage=3, tensor=2)),
-    "w4-z1-ep4": (4, Parallel(zero_stage=1, expert=4)),
+    "w4-z3-tp2-ep2": (4, Parallel(zero_stage=3, tensor=2, expert=2)),
+    "w4-z3-ep2": (4, Parallel(zero_stage=3, expert=2)),
     "w8-z1-tp4-ep2": (8, Parallel(zero_stage=1, tensor=4, expert=2)),
 }
 

@@ -1,4 +1,4 @@
-"""Every layout is one process: five layouts against plain PyTorch by the rule of the design, and what else they owe.
+"""Every layout is one process: layouts against plain PyTorch by the rule of the design, and what else they owe.
 
 The reference runs in float64, so the numbers are the engine's own rounding. AdamW's eps is 1e-4 here: at 1e-8 Adam
 turns rounding into steps of size lr. Each layout's ranks start once for all checks; one layout of each ZeRO stage does
@@ -22,6 +22,7 @@ LAYOUTS = {
     "ZeRO-2 with experts over 2 ranks": (2, Parallel(zero_stage=2, expert=2)),
     "ZeRO-1 with 2 tensor ranks": (2, Parallel(zero_stage=1, tensor=2)),
     "ZeRO-3 on 2 ranks": (2, Parallel(zero_stage=3)),
+    "ZeRO-3 with experts over 2 ranks": (2, Parallel(zero_stage=3, expert=2)),
     "ZeRO-0 on one process": (1, Parallel(zero_stage=0)),
 }
 FRESH = ("ZeRO-0 on one process", "ZeRO-1 on 2 ranks", "ZeRO-2 with experts over 2 ranks", "ZeRO-3 on 2 ranks")

@@ -14,7 +14,7 @@ import torch
 from mmtrain.config.errors import ConfigError
 from mmtrain.config.schema import Parallel
 from mmtrain.model.experts import Experts, identity
-from mmtrain.parallel import collectives, engine, expert, groups, layers, marker, tensor
+from mmtrain.parallel import collectives, engine, expert, groups, layers, marker, tensor, zero_config
 from mmtrain.parallel.groups import Mpu, connect
 from tests import dist, tiny
 from tests.parallel import compare, harness
@@ -129,6 +129,27 @@ def no_marker_module() -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def experts_over_data() -> Iterator[None]:
+    """4: under ZeRO-3, experts of different ranks partitioned and averaged as if they were replicas."""
+    with mock.patch.object(engine, "place_experts", lambda *_: None):
+        yield
+
+
+@contextlib.contextmanager
+def native_experts() -> Iterator[None]:
+    """4: under ZeRO-3, the marker module of the other stages."""
+    with mock.patch.object(engine, "place_experts", lambda model, _: setattr(model, "marker", marker.ExpertMarker(_))):
+        yield
+
+
+@contextlib.contextmanager
+def accepted() -> Iterator[None]:
+    """4: experts over ranks under ZeRO-0, which the recipe refuses."""
+    with mock.patch.object(zero_config, "engine_problems", lambda _: ()):
+        yield
+
+
+@contextlib.contextmanager
 def unscaled_loss() -> Iterator[None]:
     """10: DeepSpeed's average over data ranks not undone."""
     backward = engine.Engine.backward
@@ -159,15 +180,20 @@ CASES: dict[str, tuple[Parallel, Callable]] = {
             Parallel(zero_stage=1, expert=2),
             (unscaled_loss, unmarked_experts, no_marker_module),
         ),
+        (Parallel(zero_stage=3, expert=2), (experts_over_data, native_experts)),
+        (Parallel(zero_stage=0, expert=2), (accepted,)),
     )
     for case in cases
 }
 
 
-REFUSED = {"no_marker_module": "'NoneType' object is not subscriptable"}
+REFUSED = {
+    "no_marker_module": "'NoneType' object is not subscriptable",
+    "native_experts": "Native DeepSpeed MoE is not supported with ZeRO Stage 3",
+}
 """Cases in which DeepSpeed stops (it finds no expert groups), and a part of what it says."""
 
-NOT_WRITTEN_ONCE = {"unmarked_experts"}
+NOT_WRITTEN_ONCE = {"unmarked_experts", "experts_over_data"}
 """Cases in which, besides, some elements would be missing from a checkpoint."""
 
 
