@@ -61,7 +61,7 @@ class Case(NamedTuple):
         """The tiny recipe with uneven coefficients, in this layout."""
         recipe = tiny.uneven(tiny.recipe(self.optimizer, self.parallel()))
         data = replace(recipe.data, global_batch=GLOBAL_BATCH[self.world])
-        return replace(recipe, data=data, optim=replace(recipe.optim, clip=0.5 if self.clip else 0.0))
+        return replace(recipe, data=data, optim=replace(recipe.optim, clip=0.2 if self.clip else 0.0))
 
     def reference(self) -> tuple[int, str, bool]:
         """What of a case changes the numbers of plain PyTorch."""
