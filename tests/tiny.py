@@ -17,6 +17,7 @@ BASE = {
 GLOBAL_BATCH = 8
 SEQUENCE = 32
 SOURCES = 3
+PERIOD = 6
 
 
 def recipe(optimizer: str = "adamw", parallel: Parallel = Parallel(), experts: int = 4) -> Recipe:  # noqa: B008
@@ -90,8 +91,8 @@ class Pack(NamedTuple):
 
 def packs(model: Model, step: int, seed: int = 0, count: int = GLOBAL_BATCH) -> list[Pack]:
     """The packs of one global batch. Packs of its second half have no image in odd steps; one pack in step 2 has no
-    label, one in step 3 is empty; the last source ends before step 4."""
-    made = []
+    label, one in step 3 is empty; the last source ends before step 4. After PERIOD steps they come again."""
+    made, step = [], step % PERIOD
     for number in range(count):
         generator = torch.Generator().manual_seed(1_000_003 * seed + 1009 * step + number)
         images = 0 if step % 2 and number >= count // 2 else int(torch.randint(0, 3, (), generator=generator))

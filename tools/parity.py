@@ -4,10 +4,13 @@
     python -m tools.parity --all --out parity.jsonl     every layout of 1, 2, 3, 4, 6 and 8 ranks; resumable
     python -m tools.parity --layouts 2.1.2.1 4.3.1.1    world.stage.tensor.expert, with AdamW and SGD
     python -m tools.parity --checkpoints                every layout's checkpoint goes on under every other layout
+    python -m tools.parity --bf16                       200 steps in bf16 beside the same in fp32
+    deepspeed --module tools.parity RECIPE.yaml         the layout of a recipe on the ranks of this job, before a long
+                                                        run; also under torchrun and srun
 
-Run it on a new machine or after an upgrade. The largest difference of a case counts loss, its terms (language loss by
-source, router losses by part), gradient norm (whole and by part), and every parameter and Adam moment after every step.
-Exit code 1 when one exceeds 1e-5. Ranks talk over gloo, on CPU.
+The largest difference of a case counts loss, its terms (language loss by source, router losses by part), gradient norm
+(whole and by part), and every parameter and Adam moment after every step. Exit code 1 when one exceeds 1e-5. Without a
+recipe the ranks are processes of this machine that talk over gloo.
 """
 
 import argparse
@@ -19,29 +22,36 @@ from pathlib import Path
 
 import torch
 
+from launch.entry import run, setup
 from mmtrain.config.errors import ConfigError
-from tests.parallel import compare, crossing, matrix
+from mmtrain.config.load import load, without_launcher_flags
+from tests import dist
+from tests.parallel import compare, crossing, job, matrix, precision
 from tests.parallel.matrix import STEPS, Case, Line
 
 KINDS = ("loss", "term", "norm", "part_norm", "param", "exp_avg", "exp_avg_sq")
 
 
 def main() -> int:
-    """0 when every layout is equal or refused, 1 otherwise, 2 on a mistake in the command."""
+    """0 when every layout is equal or refused, 1 otherwise."""
+    setup()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipe", nargs="?", type=Path, help="take the layout from its `parallel` section")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the recipe")
     parser.add_argument("--all", action="store_true", help="every layout, not the covering part")
     parser.add_argument("--layouts", nargs="+", default=[], metavar="WORLD.STAGE.TENSOR.EXPERT")
     parser.add_argument("--out", type=Path, help="a line of JSON for each case; cases that it holds are not run again")
     parser.add_argument("--checkpoints", action="store_true", help="save under one layout, load under another")
+    parser.add_argument("--bf16", action="store_true", help="losses in bf16 beside those in fp32")
     parser.add_argument("--fresh", action="store_true", help="a new interpreter for each rank instead of a fork")
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args(without_launcher_flags(sys.argv[1:]))
+    if arguments.recipe:
+        return job.compare_layout(load(arguments.recipe, arguments.overrides).parallel)
     if arguments.checkpoints:
         return checkpoints()
-    try:
-        cases = chosen(arguments.all, arguments.layouts)
-    except ConfigError as error:
-        print(error, file=sys.stderr)
-        return 2
+    if arguments.bf16:
+        return bf16()
+    cases = chosen(arguments.all, arguments.layouts)
     lines = read(arguments.out)
     left = [case for case in cases if str(case) not in lines]
     if len(left) < len(cases):
@@ -70,6 +80,18 @@ def checkpoints() -> int:
         f"{max(differences.values()):.1e}, {len(failed)} failed: {failed}"
     )
     return int(bool(failed))
+
+
+def bf16() -> int:
+    """Losses of 200 steps, windows of 10."""
+    fp32, low = (dist.run(precision.losses, 1, name)[0] for name in ("fp32", "bf16"))
+    windows = [precision.window_means(values) for values in (fp32, low)]
+    largest = max(abs(found / wanted - 1) for wanted, found in zip(*windows, strict=True))
+    print(
+        f"{len(fp32)} steps, loss in windows of {precision.WINDOW}: fp32 {windows[0][0]:.3f} -> {windows[0][-1]:.3f}, "
+        f"bf16 {windows[1][0]:.3f} -> {windows[1][-1]:.3f}; largest difference of a window {largest:.2%}"
+    )
+    return int(largest > precision.TOLERANCE)
 
 
 def chosen(everything: bool, layouts: Iterable[str]) -> list[Case]:
@@ -150,4 +172,4 @@ def noise_floor() -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)
