@@ -54,8 +54,9 @@ class Data:
     """The mixture, by name, so that a recipe can change one weight of an inherited mixture."""
     tokenizer: str = REQUIRED
     """Path of a tokenizer.json, or of the folder that holds one."""
-    chat_template: Literal["plain", "chatml", "vicuna"] = "plain"
-    """How turns of a conversation become text."""
+    chat_template: Literal["plain", "chatml", "vicuna", "llama3", "mistral", "auto"] = "plain"
+    """How turns of a conversation become text; auto recognises the tokenizer's own (chat_template.jinja or
+    tokenizer_config.json)."""
     sequence_length: int = 2048
     """Tokens in a pack, image tokens included."""
     max_images: int = 16

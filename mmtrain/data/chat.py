@@ -16,7 +16,7 @@ IMAGE_MARK = "<image>"
 END_OF_TEXT = ""
 """Content of a special run that means the tokenizer's own end-of-text token, whatever it is called."""
 
-TemplateName = Literal["plain", "chatml", "vicuna"]
+TemplateName = Literal["plain", "chatml", "vicuna", "llama3", "mistral"]
 
 
 class Turn(NamedTuple):
@@ -74,6 +74,14 @@ _VICUNA_SYSTEM = (
     "The assistant gives helpful, detailed, and polite answers to the user's questions. "
 )
 
+_LLAMA3_END = Run("<|eot_id|>", special=True)
+
+
+def _llama3_label(role: str) -> tuple[Run, ...]:
+    """What Llama 3 puts before a turn."""
+    return Run("<|start_header_id|>", special=True), Run(role), Run("<|end_header_id|>", special=True), Run("\n\n")
+
+
 TEMPLATES: dict[TemplateName, Template] = {
     "plain": Template(
         first=(Run("Question: "),),
@@ -103,11 +111,51 @@ TEMPLATES: dict[TemplateName, Template] = {
         images_first=False,
         special_tokens=(),
     ),
+    "llama3": Template(
+        first=(Run("<|begin_of_text|>", special=True), *_llama3_label("user")),
+        next=_llama3_label("user"),
+        answer=(_LLAMA3_END, *_llama3_label("assistant")),
+        before_answer="",
+        end=_LLAMA3_END._replace(supervised=True),
+        images_first=False,
+        special_tokens=("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", _LLAMA3_END.text),
+    ),
+    # Its first version, where [INST] is text: "<s>[INST] q [/INST] a</s>[INST] q [/INST]".
+    "mistral": Template(
+        first=(Run("<s>", special=True), Run("[INST] ")),
+        next=(Run("[INST] "),),
+        answer=(Run(" [/INST]"),),
+        before_answer=" ",
+        end=Run(END_OF_TEXT, special=True, supervised=True),
+        images_first=False,
+        special_tokens=("<s>",),
+    ),
 }
 """Every chat template, by the name that recipes use."""
 
-CHAT_TOKENS = tuple(sorted({token for template in TEMPLATES.values() for token in template.special_tokens}))
-"""Special tokens of all templates: a tokenizer trained here has them all, so that the template stays a free choice."""
+CHAT_TOKENS = tuple(sorted(TEMPLATES["chatml"].special_tokens))
+"""Special tokens of the templates that a tokenizer trained here is meant for; plain and vicuna have none, and those of
+llama3 and mistral come with their own tokenizers."""
+
+_SIGNS: tuple[tuple[str, TemplateName], ...] = (
+    ("<|start_header_id|>", "llama3"),
+    ("<|im_start|>", "chatml"),
+    ("[INST]", "mistral"),
+    ("ASSISTANT:", "vicuna"),
+)
+"""What a public chat_template writes -> the template here that lays turns out so."""
+
+
+def recognise(chat_template: str) -> TemplateName:
+    """The template that a public Jinja chat template amounts to; DataError if there is none."""
+    for sign, name in _SIGNS:
+        if sign in chat_template:
+            return name
+    signs = ", ".join(f"{sign} ({name})" for sign, name in _SIGNS)
+    raise DataError(
+        f"the tokenizer's own chat template has none of {signs}: choose data.chat_template by name, one of "
+        f"{', '.join(TEMPLATES)}"
+    )
 
 
 def template_named(name: str) -> Template:

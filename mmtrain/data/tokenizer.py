@@ -4,14 +4,16 @@ import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any, Literal
 
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as FastTokenizer
 
 from mmtrain.config.errors import DataError
-from mmtrain.data.chat import CHAT_TOKENS, END_OF_TEXT, IMAGE_MARK, TemplateName, template_named
+from mmtrain.data.chat import CHAT_TOKENS, END_OF_TEXT, IMAGE_MARK, TemplateName, recognise, template_named
 
 CONFIG = "tokenizer_config.json"
+CHAT_TEMPLATE = "chat_template.jinja"
 
 PAD, END = "<pad>", "<eos>"
 
@@ -28,9 +30,11 @@ class Tokenizer:
     `vocab_size` may exceed the file's; the model's vocabulary must hold them.
     """
 
-    def __init__(self, path: str | Path, chat_template: TemplateName = "plain") -> None:
+    def __init__(self, path: str | Path, chat_template: TemplateName | Literal["auto"] = "plain") -> None:
         """Load `path`, a tokenizer.json or the folder that holds one; DataError if it is missing or unreadable.
 
+        `auto` takes the chat template of the same folder (chat_template.jinja, or else tokenizer_config.json);
+        DataError if it is unknown.
         The end-of-text token is the `eos_token` of a tokenizer_config.json in the same folder, else a known name.
         """
         path = Path(path)
@@ -50,6 +54,8 @@ class Tokenizer:
             ) from None
         self._fast.no_truncation()
         self._fast.no_padding()
+        if chat_template == "auto":
+            chat_template = recognise(_chat_template(self.path))
         self.template = template_named(chat_template)
         """The chat template of conversations."""
         self.eos = _end_token(self._fast, self.path)
@@ -69,8 +75,12 @@ class Tokenizer:
 
     def files(self) -> dict[str, bytes]:
         """What a checkpoint must hold to load it again: name -> content."""
-        beside = self.path.parent / CONFIG
-        return {"tokenizer.json": self.path.read_bytes()} | ({CONFIG: beside.read_bytes()} if beside.is_file() else {})
+        beside = [path for name in (CONFIG, CHAT_TEMPLATE) if (path := self.path.parent / name).is_file()]
+        return {"tokenizer.json": self.path.read_bytes()} | {path.name: path.read_bytes() for path in beside}
+
+    def as_json(self) -> str:
+        """A tokenizer.json with the special tokens that were added."""
+        return self._fast.to_str(pretty=True)
 
     def special_id(self, name: str) -> int:
         """Id of the special token `name`; END_OF_TEXT means `eos`. DataError if the tokenizer has no such token."""
@@ -123,14 +133,29 @@ def train_bpe(texts: Iterable[str], vocab_size: int, out: str | Path) -> Path:
     return out
 
 
+def _config(path: Path) -> dict[str, Any]:
+    """The tokenizer_config.json beside a tokenizer.json; {} where there is none. DataError: it is not JSON."""
+    file = path.parent / CONFIG
+    if not file.is_file():
+        return {}
+    try:
+        return json.loads(file.read_text("utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise DataError(f"{file}: not valid JSON ({error}); get the file anew") from None
+
+
+def _chat_template(path: Path) -> str:
+    """The public chat template beside a tokenizer.json; empty where there is none."""
+    file = path.parent / CHAT_TEMPLATE
+    return file.read_text("utf-8") if file.is_file() else str(_config(path).get("chat_template") or "")
+
+
 def _end_token(fast: FastTokenizer, path: Path) -> str:
     """Content of the end-of-text token; DataError if none can be found."""
     config = path.parent / CONFIG
-    names = list(KNOWN_ENDS)
-    if config.is_file():
-        declared = json.loads(config.read_text("utf-8")).get("eos_token")
-        declared = declared.get("content") if isinstance(declared, dict) else declared
-        names = [declared] if declared else names
+    declared = _config(path).get("eos_token")
+    declared = declared.get("content") if isinstance(declared, dict) else declared
+    names = [declared] if declared else list(KNOWN_ENDS)
     for name in names:
         if fast.token_to_id(name) is not None:
             return name

@@ -1,7 +1,7 @@
 import pytest
 
 from mmtrain.config.errors import DataError
-from mmtrain.data.chat import TEMPLATES, Turn
+from mmtrain.data.chat import TEMPLATES, Turn, recognise
 from mmtrain.data.documents import Content, encode_outlines, outline, prompt, segments_of
 from mmtrain.data.record import ImagePart, Text
 from tests.data.inputs import tokenizer
@@ -49,8 +49,31 @@ EXPECTED = {
         "2.png",
         " And now ASSISTANT: green<eos>",
     ],
+    "llama3": [
+        "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\n",
+        "0.png",
+        "\nWhat colour is ",
+        "1.png",
+        " then?<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\nred<|eot_id|>",
+        "<|start_header_id|>user<|end_header_id|>\n\nIs <|im_end|> the end?<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\nno, it goes on<|eot_id|>",
+        "<|start_header_id|>user<|end_header_id|>\n\n",
+        "2.png",
+        " And now<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\ngreen<|eot_id|>",
+    ],
+    "mistral": [
+        "<s>[INST] ",
+        "0.png",
+        "\nWhat colour is ",
+        "1.png",
+        " then? [/INST] red<eos>",
+        "[INST] Is <|im_end|> the end? [/INST] no, it goes on<eos>",
+        "[INST] ",
+        "2.png",
+        " And now [/INST] green<eos>",
+    ],
 }
-ENDS = {"plain": "<eos>", "chatml": "<|im_end|>", "vicuna": "<eos>"}
+ENDS = {"plain": "<eos>", "chatml": "<|im_end|>", "vicuna": "<eos>", "llama3": "<|eot_id|>", "mistral": "<eos>"}
 
 
 def encoded(template: str, turns: tuple[Turn, ...] = TURNS, images: tuple[str, ...] = IMAGES) -> list[Text | str]:
@@ -77,7 +100,7 @@ def test_only_answers_and_their_end_tokens_are_learnt(template: str) -> None:
 def test_a_user_cannot_forge_the_end_of_a_turn(template: str) -> None:
     end = tokenizer(template).special_id(TEMPLATES[template].end.text)
     ends = sum(int((part.token_ids == end).sum()) for part in encoded(template) if isinstance(part, Text))
-    assert ends == (6 if template == "chatml" else 3)
+    assert ends == (6 if template in ("chatml", "llama3") else 3)
 
 
 @pytest.mark.parametrize("template", TEMPLATES)
@@ -106,6 +129,26 @@ def test_a_segment_never_parts_a_question_from_its_answer(template: str) -> None
                 assert part.supervised[-1] and not part.supervised[0]
         else:
             assert (segment.width, segment.height) == (3, 5)
+
+
+@pytest.mark.parametrize(
+    ("written", "name"),
+    [
+        ("{{ '<|im_start|>' + message['role'] }}", "chatml"),
+        ("{{ '<|start_header_id|>' + role + '<|end_header_id|>' }}", "llama3"),
+        ("{{ '[INST] ' + content + ' [/INST]' }}", "mistral"),
+        ("{{ 'USER: ' + content + ' ASSISTANT:' }}", "vicuna"),
+    ],
+)
+def test_a_public_chat_template_is_recognised(written: str, name: str) -> None:
+    assert recognise(written) == name
+
+
+def test_an_unknown_chat_template_is_refused_with_the_known_ones() -> None:
+    with pytest.raises(
+        DataError, match=r"has none of <\|start_header_id\|> \(llama3\), .*: choose data.chat_template by"
+    ):
+        recognise("{{ '<turn>' + content }}")
 
 
 def test_a_prompt_with_the_wrong_turns_or_images_is_refused() -> None:

@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 
 from mmtrain.config.errors import DataError
+from mmtrain.data.chat import TEMPLATES
 from mmtrain.data.tokenizer import Tokenizer, train_bpe
 from tests.data.inputs import TEXTS, tokenizer
 
@@ -68,6 +69,22 @@ def test_a_foreign_tokenizer_gets_the_tokens_that_it_lacks_after_its_last_id(tmp
     added = [loaded.pad_id, loaded.image_id, loaded.special_id("<|im_start|>"), loaded.special_id("<|im_end|>")]
     assert sorted(added) == [300, 301, 302, 303] and loaded.vocab_size == 304
     assert len(loaded.encode("no truncation of long texts")) > 3
+
+
+def test_the_chat_template_can_come_from_the_file_beside_the_tokenizer(tmp_path: Path) -> None:
+    folder = _foreign(tmp_path, "</s>")
+    config = folder / "tokenizer_config.json"
+    declared = {"eos_token": "</s>", "chat_template": "{{ '<|im_start|>' }}"}
+    config.write_text(json.dumps(declared))
+    loaded = Tokenizer(folder, "auto")
+    assert loaded.hash == Tokenizer(folder, "chatml").hash and loaded.template is TEMPLATES["chatml"]
+    assert loaded.files().keys() == {"tokenizer.json", "tokenizer_config.json"}
+    (folder / "chat_template.jinja").write_text("{{ '[INST] ' }}")
+    assert Tokenizer(folder, "auto").template is TEMPLATES["mistral"]
+    assert "chat_template.jinja" in Tokenizer(folder, "auto").files()
+    config.write_text("{")
+    with pytest.raises(DataError, match=r"tokenizer_config.json: not valid JSON \(.*\); get the file anew"):
+        Tokenizer(folder)
 
 
 def test_clear_errors(tmp_path: Path) -> None:
