@@ -17,10 +17,13 @@ MAY_IMPORT = {
     "parallel": {"parallel", "config", "model", "mup"},
     "optim": {"optim", "config", "mup"},
     "run": {"run", "config", "parallel"},
-    "convert": {"convert", "config", "parallel.box", "run"},
+    "convert": {"convert", "config", "data", "model", "mup", "parallel.box", "run"},
     "evaluate": {"evaluate", "config", "model", "data"},
 }
 """Package of mmtrain -> what it may import from mmtrain, itself included. train.py may import everything."""
+
+ONE_FILE = "mmtrain/convert/modeling_mmtrain.py"
+"""Goes into exported folders as their only code: it may import transformers, and is as long as a model is."""
 
 DOOR = {
     "omegaconf": "mmtrain/config/load.py",
@@ -29,8 +32,9 @@ DOOR = {
     "megatron": "mmtrain/parallel/",
     "deepspeed": "mmtrain/parallel/",
     "wandb": "mmtrain/run/",
+    "transformers": (ONE_FILE, "tools/fetch_smollm2.py", "tools/compare_hf.py"),
 }
-"""Heavy library -> the only file or folder that imports it."""
+"""Heavy library -> the only files or folders that import it."""
 
 KNOWS_NO_RANKS = ("config", "mup", "model", "data", "optim")
 """Packages that never touch torch.distributed."""
@@ -109,7 +113,8 @@ def test_imports_point_down_and_use_the_doors(path):
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_no_file_is_longer_than_a_reader_can_hold(path):
-    assert len(path.read_text().splitlines()) <= LONGEST_FILE
+    longest = LONGEST_FILE if path != ROOT / ONE_FILE else 450
+    assert len(path.read_text().splitlines()) <= longest
 
 
 @pytest.mark.parametrize("path", STAGE_BLIND, ids=lambda path: str(path.relative_to(ROOT)))

@@ -1,9 +1,8 @@
-"""What the tests of conversion share: import through the tool, batches of ids, greedy text of both libraries."""
+"""What the tests of conversion share without transformers: import through the tool, batches of ids, greedy text."""
 
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedModel
 
 from mmtrain.config.tokens import TokenKind
 from mmtrain.data.record import Batch
@@ -54,10 +53,10 @@ def text_batch(ids: torch.Tensor) -> Batch:
     )
 
 
-def image_batch(ids: torch.Tensor, images: torch.Tensor, image_id: int) -> Batch:
-    """ids [1, T] with runs of image_id, 16 for each of images [N, 3, H, W] uint8."""
+def image_batch(ids: torch.Tensor, images: torch.Tensor, image_id: int, per_image: int = 16) -> Batch:
+    """ids [1, T] with runs of image_id, `per_image` for each of images [N, 3, H, W] uint8."""
     batch = text_batch(ids)
-    at = (ids[0] == image_id).nonzero().view(len(images), 16)
+    at = (ids[0] == image_id).nonzero().view(len(images), per_image)
     batch.kind[ids == image_id] = int(TokenKind.IMAGE)
     values = {"images": images, "image_valid": torch.ones(len(images), dtype=torch.bool), "image_slots": at}
     return Batch(**{**vars(batch), **values})
@@ -71,12 +70,3 @@ def all_logits(forward: CachedForward, batch: Batch) -> torch.Tensor:
 def greedy(forward: CachedForward, batch: Batch, layers: int, count: int) -> list[list[int]]:
     """Our greedy continuation of each row; nothing ends it."""
     return generate(forward, batch, layers, (), count)
-
-
-def greedy_of(twin: PreTrainedModel, ids: torch.Tensor, count: int, **more: torch.Tensor) -> list[list[int]]:
-    """transformers' greedy continuation of each row; nothing ends it."""
-    twin.generation_config.eos_token_id = None
-    out = twin.generate(
-        ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, do_sample=False, pad_token_id=1, **more
-    )
-    return out[:, ids.shape[1] :].tolist()

@@ -62,7 +62,7 @@ DECODERS: dict[str, tuple[type[PreTrainedModel], Any]] = {
     "llama": (LlamaForCausalLM, LlamaConfig(**BASE)),
     "llama3": (LlamaForCausalLM, LlamaConfig(**BASE, head_dim=12, rope_parameters=LLAMA3)),
     "smollm2": (LlamaForCausalLM, LlamaConfig(**BASE, tie_word_embeddings=True, rope_parameters=LINEAR)),
-    "mistral": (MistralForCausalLM, MistralConfig(**BASE, sliding_window=None)),
+    "mistral": (MistralForCausalLM, MistralConfig(**BASE, sliding_window=128)),
     "qwen2": (Qwen2ForCausalLM, Qwen2Config(**BASE, tie_word_embeddings=True)),
     "qwen3": (Qwen3ForCausalLM, Qwen3Config(**BASE, head_dim=12)),
     "mixtral": (MixtralForCausalLM, MixtralConfig(**BASE, **EXPERTS)),
@@ -129,3 +129,12 @@ def save(twin: PreTrainedModel, folder: Path, shard: str = "50GB") -> Path:
 def tokens(rows: int, length: int, seed: int = 1) -> torch.Tensor:
     """Ids [rows, length] of ordinary text."""
     return torch.randint(2, 250, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+def greedy_of(twin: PreTrainedModel, ids: torch.Tensor, count: int, **more: torch.Tensor) -> list[list[int]]:
+    """transformers' greedy continuation of each row; nothing ends it."""
+    twin.generation_config.eos_token_id = None
+    out = twin.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, do_sample=False, pad_token_id=1, **more
+    )
+    return out[:, ids.shape[1] :].tolist()

@@ -9,7 +9,6 @@ from tests.convert.cases import (
     all_logits,
     convert,
     greedy,
-    greedy_of,
     image_batch,
     import_decoder,
     text_batch,
@@ -31,7 +30,7 @@ def test_a_decoder_computes_what_transformers_computes(family, tmp_path, monkeyp
     assert want.std() > 0.5  # nothing is equal because everything is small
     assert (got - want).abs().max() <= TOLERANCE
     prompt = families.tokens(2, 9, seed=2)
-    assert greedy(opened.forward, text_batch(prompt), 2, NEW_TOKENS) == greedy_of(twin, prompt, NEW_TOKENS)
+    assert greedy(opened.forward, text_batch(prompt), 2, NEW_TOKENS) == families.greedy_of(twin, prompt, NEW_TOKENS)
 
 
 @pytest.mark.parametrize("family", families.WHOLES)
@@ -50,7 +49,9 @@ def test_a_whole_model_computes_what_transformers_computes(family, tmp_path, mon
     if family == "llava":
         with torch.no_grad():
             want = twin(input_ids=ids, pixel_values=pixels).logits
-        assert greedy(opened.forward, batch, 2, NEW_TOKENS) == greedy_of(twin, ids, NEW_TOKENS, pixel_values=pixels)
+        assert greedy(opened.forward, batch, 2, NEW_TOKENS) == families.greedy_of(
+            twin, ids, NEW_TOKENS, pixel_values=pixels
+        )
     else:  # its own layout of panels has separators, which ours has not: the same features in LLaVA-1.5's places
         with torch.no_grad():
             states = twin.model.vision_tower(pixels, output_hidden_states=True).hidden_states
