@@ -1,11 +1,12 @@
 """Step 0 of a recipe as a checkpoint, written by one process without an engine: what tools that convert end with."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
 from mmtrain.assemble import blueprint
 from mmtrain.config.load import dump
-from mmtrain.config.schema import Recipe
+from mmtrain.config.schema import PARTS, Moe, Recipe
 from mmtrain.data.tokenizer import Tokenizer
 from mmtrain.model.balance import RouterState
 from mmtrain.model.build import Count, parameter_counts
@@ -25,6 +26,8 @@ class Started(NamedTuple):
     """Which tensors were loaded, upcycled, interpolated, fresh and unused."""
     count: Count
     """Parameters of the model."""
+    dense: Count
+    """Parameters of the same model without experts."""
 
 
 def write_start(recipe: Recipe, tokenizer: Tokenizer, out: Path) -> Started:
@@ -44,4 +47,13 @@ def write_start(recipe: Recipe, tokenizer: Tokenizer, out: Path) -> Started:
     )
     tensors = ((name, weights.make(name, Box.whole(shape))) for name, shape in stored_shapes(registry).items())
     folder = write_whole(out, 0, tensors, state, tokenizer.files())
-    return Started(folder, weights.report, parameter_counts(recipe.model)["all"])
+    parts = {part: replace(own, moe=Moe()) for part in PARTS if (own := getattr(recipe.model, part))}
+    dense = replace(recipe.model, **parts)
+    return Started(folder, weights.report, parameter_counts(recipe.model)["all"], parameter_counts(dense)["all"])
+
+
+def summary(started: Started) -> str:
+    """One line on parameters, before and after upcycling."""
+    count, dense = started.count, started.dense
+    before = f" (dense: {dense.total:,})" if count.total != dense.total else ""
+    return f"{started.folder}: {count.total:,} parameters, {count.active:,} active for a token{before}"

@@ -28,13 +28,13 @@ def upcycle(dense: str, path: Path, overrides: list[str], out: Path) -> int:
     from mmtrain.config.load import load
     from mmtrain.data.tokenizer import Tokenizer
     from mmtrain.run.reader import open_weights
-    from mmtrain.start import write_start
+    from mmtrain.start import summary, write_start
 
     recipe = load(path, [*overrides, f"init_from={dense}"])
     tokenizer = Tokenizer(open_weights(Path(dense)).folder, recipe.data.chat_template)
     started = write_start(recipe, tokenizer, out)
     print(started.report)
-    print(f"{started.folder}: {started.count.total:,} parameters, {started.count.active:,} active for a token")
+    print(summary(started))
     return 0
 
 

@@ -63,7 +63,7 @@ def check(recipe: Recipe, world_size: int | None) -> None:
 
 def check_model(recipe: Recipe) -> None:
     """Raise one ConfigError with every reason why the recipe's model and its start cannot be, wherever it would run."""
-    found = list(_numbers(recipe)) or [*_model(recipe.model), *_start(recipe), *_mup(recipe)]
+    found = list(_numbers(recipe)) or [*_model(recipe.model), *_start(recipe), *_mup(recipe), *_pretrained(recipe)]
     if found:
         raise together(f"recipe {recipe.name}", found)
 
@@ -79,6 +79,7 @@ def problems(recipe: Recipe, world_size: int | None) -> Iterator[str]:
     yield from _length(recipe)
     yield from _eval(recipe)
     yield from _mup(recipe)
+    yield from _pretrained(recipe)
     yield from _resume(recipe)
     yield from layout_problems(recipe, world_size)
 
@@ -290,6 +291,27 @@ def _mup(recipe: Recipe) -> Iterator[str]:
         for key in widths:
             if key not in (*counts, "num_experts"):
                 yield f"mup.base.{part}.{key}: no width of {part}{hint(key, (*counts, 'num_experts'))}"
+
+
+def _pretrained(recipe: Recipe) -> Iterator[str]:
+    """The base widths of a pretrained part are its own, and no factor changes what it computes."""
+    factors = {"vision": ("attention",), "connector": (), "decoder": ("attention", "embedding", "output")}
+    for part in PARTS:
+        own = getattr(recipe.model, part)
+        if not own.pretrained:
+            continue
+        for key, base in recipe.mup.base.get(part, {}).items():
+            if key != "num_experts" and base != getattr(own, key, base):
+                yield (
+                    f"mup.base.{part}.{key}={base}: model.{part} is pretrained, so its base widths are its own "
+                    f"({getattr(own, key)}); leave mup.base.{part} out"
+                )
+        for factor in factors[part]:
+            if (value := getattr(recipe.mup, factor)) != 1.0:
+                yield (
+                    f"mup.{factor}={value:g} would change what the pretrained model.{part} computes; "
+                    f'leave it at 1, or set model.{part}.pretrained to ""'
+                )
 
 
 def _resume(recipe: Recipe) -> Iterator[str]:

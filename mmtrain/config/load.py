@@ -201,9 +201,12 @@ def _from_pretrained(config: DictConfig, part: str, origins: dict[str, str], pro
     section, prefix = config.model[part], f"model.{part}"
     if not (folder := section.pretrained):
         return config
-    keys = [key for key, _ in leaves(OmegaConf.to_object(section), f"{prefix}.")]
+    keys = [key for key, _ in leaves(OmegaConf.to_object(section), f"{prefix}.") if ".moe." not in key]
+    if part == "decoder" and "data.tokenizer" not in origins:
+        origins["data.tokenizer"] = f"{prefix}.pretrained"
+        config = OmegaConf.merge(config, _tree([Leaf(("data", "tokenizer"), folder, None)]))
     if not Path(folder).is_dir() and all(key in origins for key in keys):
-        return config  # a checkpoint's own recipe: it says everything, and the folder may be long gone
+        return config  # it says everything, as a checkpoint's own recipe does, and the folder may be long gone
     try:
         found = describe(Path(folder), part)
     except ConfigError as error:
@@ -223,8 +226,6 @@ def _from_pretrained(config: DictConfig, part: str, origins: dict[str, str], pro
         differing.append(f"{prefix}.vocab_size={section.vocab_size}, there are {free['vocab_size']}; it can only grow")
     if differing:
         problems.append(f"{prefix}.pretrained={folder} disagrees with the recipe: {'; '.join(differing)}")
-    if part == "decoder":
-        given["data.tokenizer"] = ("tokenizer", folder)
     new = {key: value for key, (_, value) in given.items() if key not in origins}
     origins.update(dict.fromkeys(new, f"{folder}/{CONFIG}"))
     return OmegaConf.merge(config, _tree([Leaf(tuple(key.split(".")), value, None) for key, value in new.items()]))
