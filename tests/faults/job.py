@@ -18,8 +18,11 @@ from tests.train import jobs, tiny
 WORLD, STEPS, EVERY = 2, 10, 3
 STALL = 6.0
 """guard.stall_seconds of the runs that stall; a machine that is busy with other tests may delay any process."""
-GRACE = 60.0
-"""Seconds that the ranks have to end by themselves once one of them has failed; rank 0 waits 30 for a save's files."""
+TERM, GRACE = 3.0, 60.0
+"""Seconds after which the launcher sends SIGTERM, and SIGKILL, to the other ranks when one has failed.
+
+Training ranks take SIGTERM for a request to stop. One that must be killed in the end hangs, unless it was stopped.
+"""
 LIMIT = 240.0
 """Seconds after which a job is taken for hanging."""
 SPIKE_WINDOW = 3
@@ -95,25 +98,29 @@ def attempt(recipe: Recipe, logs: Path, fault: Fault | None = None, sent: Signal
 
 def _wait(processes: list, start: float, sent: Signal | None) -> bool:
     """Until all have ended; whether any had to be killed that could have ended by itself."""
-    failed, left, hung = None, sent, False
+    failed, told, left, hung = None, False, sent, False
     while alive := [process for process in processes if process.exitcode is None]:
         now = time.monotonic()
         if left is not None and now - start >= left.seconds:
-            if processes[left.rank].exitcode is None:
-                os.kill(processes[left.rank].pid, left.number)
+            _send(processes[left.rank : left.rank + 1], left.number)
             left = None
         if failed is None and any(process.exitcode for process in processes):
             failed = now
-        stopped = [process for process in alive if _is_stopped(process.pid)]
-        if failed is not None and stopped == alive:
-            for process in alive:  # what a launcher does in the end
-                os.kill(process.pid, signal.SIGKILL)
-        elif (failed is not None and now - failed > GRACE) or now - start > LIMIT:
-            hung = True
-            for process in alive:
-                os.kill(process.pid, signal.SIGKILL)
+        if failed is not None and not told and now - failed > TERM:
+            _send(alive, signal.SIGTERM)
+            told = True
+        stopped = failed is not None and all(_is_stopped(process.pid) for process in alive)
+        if stopped or now - start > LIMIT or (failed is not None and now - failed > GRACE):
+            hung |= not stopped
+            _send(alive, signal.SIGKILL)
         time.sleep(0.02)
     return hung
+
+
+def _send(processes: list, number: int) -> None:
+    for process in processes:
+        if process.exitcode is None:
+            os.kill(process.pid, number)
 
 
 def _is_stopped(pid: int) -> bool:
