@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -60,24 +60,24 @@ def blueprint(recipe: Recipe) -> tuple[VisionLanguageModel, Registry]:
     return model, Registry.build(model, meta_model(base), recipe.mup)
 
 
-def assemble(recipe: Recipe, groups: Groups) -> Assembly:
+def assemble(recipe: Recipe, groups: Groups, going_on: bool = False) -> Assembly:
     """Build, cut, fill and hand over to the engine. Every layout starts from the same numbers.
 
+    going_on    a checkpoint of the run itself will be loaded: init_from, which may be gone by now, is not read
     ConfigError, CheckpointError: patterns that match nothing, weights that do not fit.
     """
     model, registry = blueprint(recipe)
-    weights = Weights(recipe, registry, groups)
+    weights = Weights(replace(recipe, init_from="") if going_on else recipe, registry, groups)
     if weights.report:
         log.info("weights from %s\n%s", weights.label, weights.report)
     engine = Engine.build(model, recipe, groups, lambda named: param_groups(named, registry, recipe), weights.make)
     return Assembly(engine, registry)
 
 
-def resume(recipe: Recipe, built: Assembly, routers: RouterState, groups: Groups, lock: RunLock) -> Done:
-    """Go on from the newest good checkpoint in the run folder; `Done()` when there is none.
+def interrupted(recipe: Recipe, groups: Groups, lock: RunLock) -> Reader | None:
+    """The newest good checkpoint in the run folder; None where the run begins. Removes what killed saves have left.
 
-    ConfigError: the recipe differs in what it computes, or `resume: never` meets a checkpoint. CheckpointError: the
-    checkpoint is another model's.
+    ConfigError: `resume: never` meets a checkpoint. CheckpointError: all of them are damaged.
     """
     out = Path(recipe.out)
     if groups.rank == 0:
@@ -87,7 +87,14 @@ def resume(recipe: Recipe, built: Assembly, routers: RouterState, groups: Groups
         raise ConfigError(
             f"resume=never, but {out} has checkpoints (steps {sorted(steps)}): choose another out, or resume=auto"
         )
-    reader = newest(out, groups)
+    return newest(out, groups)
+
+
+def resume(recipe: Recipe, reader: Reader | None, built: Assembly, routers: RouterState) -> Done:
+    """Go on from a checkpoint of this run; `Done()` when there is none.
+
+    ConfigError: the recipe differs in what it computes. CheckpointError: the checkpoint is another model's.
+    """
     if reader is None:
         return Done()
     check_same_model(reader, stored_shapes(built.registry), built.registry.hash())

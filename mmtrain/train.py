@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from mmtrain.assemble import assemble, go_back, resume
+from mmtrain.assemble import assemble, go_back, interrupted, resume
 from mmtrain.config.check import check
 from mmtrain.config.errors import DataError, UserError
 from mmtrain.config.schema import Recipe
@@ -67,9 +67,10 @@ def run(
     """What `train` does once the ranks know each other."""
     # ---- a model for one device, its pieces on the ranks, and where an interrupted run stood
     out, sources = Path(recipe.out), len(recipe.data.sources)
-    built = assemble(recipe, groups)
+    reader = interrupted(recipe, groups, lock)
+    built = assemble(recipe, groups, going_on=reader is not None)
     engine, routers = built.engine, RouterState.first(recipe.model, groups.device)
-    done = resume(recipe, built, routers, groups, lock)
+    done = resume(recipe, reader, built, routers)
 
     # ---- what it learns from, and how it is watched
     loader = Loader(recipe, tokenizer, groups.data_rank, groups.data_size, cursor=done.cursor)

@@ -131,6 +131,9 @@ def test_check_stops_after_a_step_of_data(file: str, tmp_path: Path) -> None:
     ended = train(tmp_path, file, "--check")
     assert ended.code == 0 and "every check passed; a step holds" in ended.log, ended.log
     assert not committed(tmp_path / "run") and not (tmp_path / "run" / "metrics.jsonl").exists()
+    assert train(tmp_path, file, "steps=1").code == 0
+    again = train(tmp_path, file, "steps=1", "--check")
+    assert again.code == 0 and "all 1 steps are done" in again.log, again.log
 
 
 @pytest.mark.parametrize(("window", "steps"), [("2:2", {2}), ("3:9", {3})], ids=["inside", "cut short"])

@@ -1,5 +1,6 @@
 """Where a stage's weights come from, and what it leaves alone."""
 
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -53,6 +54,15 @@ def chain(make: Callable[..., Recipe], tmp_path_factory: pytest.TempPathFactory)
 def test_the_log_says_what_was_loaded(chain: Chain) -> None:
     count = len(tensors(last(chain.parent)))
     assert f"weights from {chain.parent.out}" in chain.log and f"loaded: {count:4d} tensors" in chain.log
+
+
+def test_a_run_that_goes_on_needs_its_beginning_no_more(chain: Chain, tmp_path: Path) -> None:
+    shutil.copytree(chain.again.out, tmp_path / "run")
+    parent = Path(chain.parent.out)
+    away = parent.rename(parent.with_name("away"))
+    ended = jobs.run(tmp_path, tasks.trained, replace(chain.again, out=str(tmp_path / "run"), steps=2))
+    away.rename(parent)
+    assert ended.value == 0 and "going on after step 1" in ended.log and "weights from" not in ended.log, ended.log
 
 
 def test_frozen_parameters_stay_to_the_bit(chain: Chain) -> None:
