@@ -100,7 +100,10 @@ class LossTotals:
     def reduce(self, groups: Groups) -> None:
         """Add up over data ranks: the one collective after a step's last backward."""
         flat = torch.cat([value.double().flatten() for value in self.sums.values()])
-        parts = groups.sum_over_data(flat).split([value.numel() for value in self.sums.values()])
+        # Tensor ranks have the same sums: one of them counts. But a NaN times 0 is a NaN, so all hear of any rank's.
+        parts = groups.sum_over_world(flat * (groups.tensor_rank == 0)).split(
+            [value.numel() for value in self.sums.values()]
+        )
         self.sums = {name: part.view(old.shape) for part, (name, old) in zip(parts, self.sums.items(), strict=True)}
 
     def by_part(self, kind: str) -> dict[str, torch.Tensor]:

@@ -116,6 +116,10 @@ def read_members(path: str | Path, entry: IndexEntry | RawSample) -> dict[str, b
             run = file.read(entry.size)
     except FileNotFoundError:
         raise DataError(f"shard {path}: no such file, though its index lists it; restore it or index again") from None
+    except OSError as error:  # no permission, a stale handle, a disk that fails: no sample's fault
+        raise DataError(
+            f"shard {path}: cannot be read ({error.strerror}); mend that, then run the same command"
+        ) from None
     if len(run) < entry.size:
         raise BadSample(f"the shard ends early: {len(run)} of {entry.size} bytes")
     name = f"{entry.key.rpartition('/')[2]}.".encode("utf-8", "surrogateescape")

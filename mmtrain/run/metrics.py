@@ -5,6 +5,7 @@ undisturbed one; rates and times are means over the steps since the line before.
 """
 
 import json
+import logging
 import math
 import resource
 import time
@@ -16,6 +17,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+
+log = logging.getLogger("mmtrain.run")
 
 NAME = "metrics.jsonl"
 
@@ -135,9 +138,19 @@ def _keep_until(path: Path, done: int) -> None:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics file. A last line that a kill cut short is left out."""
-    text = path.read_text(encoding="utf-8")
-    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+    """The lines of a metrics file. One that a kill cut short is left out, and so, loudly, is a damaged one."""
+    records = []
+    for number, line in enumerate(path.read_bytes().splitlines(keepends=True), 1):
+        if not line.endswith(b"\n"):
+            break
+        try:
+            record = json.loads(line)
+            record["step"] += 0
+        except (ValueError, TypeError, KeyError):
+            log.warning("%s: line %d is damaged and left out: %r", path, number, line[:40])
+            continue
+        records.append(record)
+    return records
 
 
 class Meter:

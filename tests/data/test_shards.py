@@ -1,4 +1,6 @@
+import errno
 import io
+import os
 import tarfile
 from pathlib import Path
 
@@ -7,7 +9,8 @@ import webdataset
 
 from mmtrain.config.errors import DataError
 from mmtrain.data.documents import BadSample
-from mmtrain.data.shards import read_members, scan
+from mmtrain.data.record import Member
+from mmtrain.data.shards import RawSample, read_members, scan
 from tests.data.inputs import write_tar
 
 SAMPLES = [
@@ -134,3 +137,13 @@ def test_what_is_no_tar_is_refused(tmp_path: Path) -> None:
     path.write_bytes(b"\x1f\x8b" + b"z" * 2000)
     with pytest.raises(DataError, match=r"photo.tar: not a readable tar \(.*\); unpack compressed tars first"):
         scan(path)
+
+
+def test_a_disk_that_fails_is_nobodys_sample(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stale(*_: object) -> None:
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+    monkeypatch.setattr(Path, "open", stale)
+    entry = RawSample("a", 0, 512, (Member("txt", 512, 1),))
+    with pytest.raises(DataError, match=r"shard x.tar: cannot be read \(Stale file handle\); mend that, then run"):
+        read_members("x.tar", entry)

@@ -144,3 +144,15 @@ def test_a_phase_that_raises_is_counted():
         time.sleep(0.001)
         raise RuntimeError
     assert meter.rates().seconds["forward"] > 0
+
+
+def test_a_damaged_line_is_left_out_and_told(tmp_path, caplog):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1}\n{"st\xff\n[3]\n{"step": 4}\n{"step": 5}\n{"step"')
+    assert [line["step"] for line in read_metrics(path)] == [1, 4, 5]
+    lines = [record.message for record in caplog.records]
+    assert [line.partition(": ")[2] for line in lines] == [
+        f"line {number} is damaged and left out: {text!r}" for number, text in ((2, b'{"st\xff\n'), (3, b"[3]\n"))
+    ]
+    MetricsLog(tmp_path, done=4).close()
+    assert path.read_text() == '{"step": 1}\n{"step": 4}\n'

@@ -63,6 +63,18 @@ def without_room(recipe: Recipe, from_step: int) -> int | str:
     return trained(recipe)
 
 
+def with_a_slow_disk(recipe: Recipe, seconds: float) -> int | str:
+    """Every file of tensors takes so much longer."""
+    write = saver.write_shard
+
+    def slow(path: Path, pieces: Any) -> Any:
+        time.sleep(seconds)
+        return write(path, pieces)
+
+    saver.write_shard = slow
+    return trained(recipe)
+
+
 def command(program: str, arguments: list[str]) -> None:
     """`python launch/PROGRAM.py ARGUMENTS`."""
     sys.argv = [f"launch/{program}.py", *arguments]

@@ -69,3 +69,11 @@ def test_a_run_that_diverges_stops_with_the_samples_of_the_step(make: Make, tmp_
     assert ended.value.startswith("TrainingStopped: step 3: loss"), ended.log
     assert "unusable step 2 of this run, guard.max_skips is 1. Samples of the step: " in ended.value
     assert "guard.skip_steps" in ended.value
+
+
+def test_a_run_that_fails_finishes_the_checkpoint_that_is_being_written(make: Make, tmp_path: Path) -> None:
+    recipe = make(tmp_path / "run", steps=30, guard=Guard(max_skips=0), checkpoint=Checkpoint(every=1))
+    recipe = replace(recipe, optim=replace(recipe.optim, lr=1e30, warmup_steps=0, clip=0.0))
+    ended = jobs.run(tmp_path, tasks.with_a_slow_disk, recipe, 2.0)
+    assert ended.value.startswith("TrainingStopped: step 2: loss"), ended.log
+    assert open_checkpoint(tmp_path / "run" / "step_00000001").manifest.step == 1

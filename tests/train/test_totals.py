@@ -160,3 +160,15 @@ def test_router_state_survives_json_to_the_bit() -> None:
     for part in state.shares:
         assert torch.equal(again.shares[part], state.shares[part]) and torch.equal(again.bias[part], state.bias[part])
         assert again.shares[part].dtype == torch.float32
+
+
+def test_of_tensor_ranks_one_counts_but_a_nan_of_any_is_heard() -> None:
+    shape = sparse_model()
+    second = LossTotals(shape)
+    second.add(losses(shape, 0))
+    second.reduce(alone(tensor_rank=1))
+    assert all(float(value.abs().sum()) == 0 for value in second.sums.values())
+    broken = LossTotals(shape)
+    broken.add(losses(shape, 0)._replace(by_source_sum=torch.tensor([1.0, torch.nan])))
+    broken.reduce(alone(tensor_rank=1))
+    assert torch.isnan(broken.sums["source_sum"]).tolist() == [False, True]
