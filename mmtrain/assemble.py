@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -63,11 +63,11 @@ def blueprint(recipe: Recipe) -> tuple[VisionLanguageModel, Registry]:
 def assemble(recipe: Recipe, groups: Groups, going_on: bool = False) -> Assembly:
     """Build, cut, fill and hand over to the engine. Every layout starts from the same numbers.
 
-    going_on    a checkpoint of the run itself will be loaded: init_from, which may be gone by now, is not read
+    going_on    a checkpoint of the run itself will be loaded: init_from and pretrained parts are not read
     ConfigError, CheckpointError: patterns that match nothing, weights that do not fit.
     """
     model, registry = blueprint(recipe)
-    weights = Weights(replace(recipe, init_from="") if going_on else recipe, registry, groups)
+    weights = Weights(recipe, registry, groups, going_on)
     if weights.report:
         log.info("weights from %s\n%s", weights.label, weights.report)
     engine = Engine.build(model, recipe, groups, lambda named: param_groups(named, registry, recipe), weights.make)

@@ -36,12 +36,17 @@ class Weights:
     fresh and unused. With both, init_from alone is read.
     """
 
-    def __init__(self, recipe: Recipe, registry: Registry, comm: Comm) -> None:
-        """ConfigError, CheckpointError: init_from or a pretrained folder does not fit."""
+    def __init__(self, recipe: Recipe, registry: Registry, comm: Comm, going_on: bool = False) -> None:
+        """ConfigError, CheckpointError: init_from or a pretrained folder does not fit.
+
+        going_on    a checkpoint of the run itself will replace every value: nothing is read, it may be gone by now
+        """
         self._recipe, self._registry = recipe, registry
         shapes = stored_shapes(registry)
         self._source: Reader | Pretrained | None = None
         self.label = self.report = ""
+        if going_on:
+            return
         if recipe.init_from:
             self._source, self.label = open_weights(Path(recipe.init_from), comm), recipe.init_from
         elif any(getattr(recipe.model, part).pretrained for part in PARTS):
