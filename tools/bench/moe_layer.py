@@ -1,14 +1,14 @@
 """Speed of the sparse layer: forward + backward against a dense MLP of equal active FLOPs, and against CuMo's loop.
 
-    python -m tools.bench.moe_layer [--threads 2] [--seconds 20]
+    python -m tools.bench.moe_layer [--threads 2] [--seconds 20] [--save]
 
-Prints one JSON line. The competitors run in turn (sparse, dense, loop, sparse, ...) and each round gives ratios of
-neighbours in time; the medians over rounds are reported. A ratio above 1 means that the sparse layer is faster.
-The loop is the one in CuMo's vision and connector layers (arXiv:2405.05949): over images, over experts, torch.where.
+Prints one JSON line; --save keeps it in tools/bench/results/. The competitors run in turn (sparse, dense, loop,
+sparse, ...) and each round gives ratios of neighbours in time; the medians over rounds are reported. A ratio above 1
+means that the sparse layer is faster. The loop is the one in CuMo's vision and connector layers (arXiv:2405.05949):
+over images, over experts, torch.where.
 """
 
 import argparse
-import json
 import os
 import statistics
 import time
@@ -22,6 +22,7 @@ from mmtrain.config.schema import Moe
 from mmtrain.model.mlp import Activation, Mlp
 from mmtrain.model.moe import SparseMlp
 from mmtrain.model.router import RouterInput
+from tools.bench.record import tell
 
 
 @dataclass(frozen=True)
@@ -130,12 +131,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=2, help="CPU threads")
     parser.add_argument("--seconds", type=float, default=40, help="time of each shape, warm-up apart")
+    parser.add_argument("--save", action="store_true", help="keep the result in tools/bench/results/")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     result = {"bench": "moe_layer", "threads": args.threads, "torch": torch.__version__}
     result["load_before"] = round(os.getloadavg()[0], 2)  # ratios of two threads on busy cores mean little
     result |= {name: measure(shape, args.seconds) for name, shape in SHAPES.items()}
-    print(json.dumps(result))
+    tell(result, args.save)
 
 
 if __name__ == "__main__":

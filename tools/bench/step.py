@@ -1,14 +1,14 @@
 """A training step through the engine against a bare PyTorch loop of the same model, side by side in one process.
 
-    python -m tools.bench.step [RECIPE] [--pairs N]
+    python -m tools.bench.step [RECIPE] [--pairs N] [--save]
 
 Both sides run the same forward of the same VisionLanguageModel on the same packs. The bare loop is what one would write
 in a notebook: zero_grad, forward, backward, clip_grad_norm_, AdamW.step. The engine adds collectives of one process,
 norms by part, the sums of the step and DeepSpeed. Prints one JSON line; `ratio` is bare time / engine time (1 = free).
+--save keeps it in tools/bench/results/.
 """
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable
@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 
 from launch.entry import run, setup
+from tools.bench.record import tell
 
 DEFAULT = Path("configs/recipes/real/3_instruct.yaml")
 
@@ -26,6 +27,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe", type=Path, nargs="?", default=DEFAULT)
     parser.add_argument("--pairs", type=int, default=12, help="measured pairs of steps")
+    parser.add_argument("--save", action="store_true", help="keep the result in tools/bench/results/")
     arguments = parser.parse_args()
     from mmtrain.config.load import load
 
@@ -49,21 +51,18 @@ def main() -> int:
             if number >= 2:  # the first pairs warm up
                 times[name].append(time.perf_counter() - start)
     ratios = [b / e for b, e in zip(times["bare"], times["engine"], strict=True)]
-    print(
-        json.dumps(
-            {
-                "bench": "step",
-                "recipe": arguments.recipe.name,
-                "tokens": batch.tokens.numel(),
-                "images": len(batch.images),
-                "engine_ms": round(1e3 * statistics.median(times["engine"]), 1),
-                "bare_ms": round(1e3 * statistics.median(times["bare"]), 1),
-                "ratio": round(statistics.median(ratios), 3),
-                "target": 0.92,
-                "threads": torch.get_num_threads(),
-            }
-        )
-    )
+    result = {
+        "bench": "step",
+        "recipe": arguments.recipe.name,
+        "tokens": batch.tokens.numel(),
+        "images": len(batch.images),
+        "engine_ms": round(1e3 * statistics.median(times["engine"]), 1),
+        "bare_ms": round(1e3 * statistics.median(times["bare"]), 1),
+        "ratio": round(statistics.median(ratios), 3),
+        "target": 0.92,
+        "threads": torch.get_num_threads(),
+    }
+    tell(result, arguments.save)
     groups.close()
     return 0
 
