@@ -93,6 +93,7 @@ class LossTotals:
             **{f"balance/{part}": value.detach() for part, value in losses.balance.items()},
             **{f"z/{part}": value.detach() for part, value in losses.z.items()},
             **{f"counts/{part}": value for part, value in losses.counts.items()},
+            **{f"probability/{part}": value for part, value in losses.probability.items()},
         }
         for name, value in values.items():
             self.sums[name] = self.sums[name] + value if name in self.sums else value.clone()
@@ -107,7 +108,7 @@ class LossTotals:
         self.sums = {name: part.view(old.shape) for part, (name, old) in zip(parts, self.sums.items(), strict=True)}
 
     def by_part(self, kind: str) -> dict[str, torch.Tensor]:
-        """Part -> value of one kind: balance, z or counts."""
+        """Part -> value of one kind: balance, z, counts or probability."""
         return {name.partition("/")[2]: value for name, value in self.sums.items() if name.startswith(f"{kind}/")}
 
     def language_loss(self) -> float:
@@ -127,6 +128,20 @@ class LossTotals:
         """Source -> its language loss; sources without a label in this step are left out."""
         pairs = zip(names, self.sums["source_sum"].tolist(), self.sums["source_weight"].tolist(), strict=True)
         return {name: total / weight for name, total, weight in pairs if weight > 0}
+
+    def switch(self) -> dict[str, float]:
+        """Part -> Switch's balance (arXiv:2101.03961, eq. 4) with this step's own shares, mean over its sparse layers.
+
+        E * sum_e f_e * p_e over the global batch, f share of choices, p mean probability; 0 without valid tokens.
+        """
+        found = {}
+        for part, counts in self.by_part("counts").items():
+            shares, means = (
+                sums / sums.sum(-1, keepdim=True).clamp(min=1e-30)
+                for sums in (counts, self.sums[f"probability/{part}"])
+            )
+            found[part] = float((counts.shape[-1] * shares * means).sum(-1).mean())
+        return found
 
     def expert_shares(self) -> dict[str, dict[str, list[float]]]:
         """Part -> number of the sparse layer in its part -> share of choices by expert."""

@@ -139,6 +139,7 @@ class Watch:
             lr=recipe.optim.lr * factor,
             part_norms=norms.part_norms,
             balance={part: float(value) for part, value in totals.by_part("balance").items()},
+            switch=totals.switch(),
             z={part: float(value) for part, value in totals.by_part("z").items()},
             expert_shares=totals.expert_shares(),
             mixture={name: count / max(served, 1) for name, count in data.served.items()},

@@ -40,7 +40,7 @@ class Block(nn.Module):
         if router is None:
             return x + self.mlp(inner), None
         routed = self.mlp(inner, valid, router)
-        return x + routed.out, RouterStats(routed.balance, routed.z, routed.counts)
+        return x + routed.out, RouterStats(*routed[1:])
 
 
 def run_blocks(

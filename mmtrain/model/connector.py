@@ -45,7 +45,7 @@ class Connector(nn.Module):
         if not isinstance(self.mlp, SparseMlp):
             return self.mlp(pooled), None
         routed = self.mlp(pooled, image_valid.unsqueeze(1).expand(pooled.shape[:2]), routers.layer(0))
-        return routed.out, summarise([RouterStats(routed.balance, routed.z, routed.counts)])
+        return routed.out, summarise([RouterStats(*routed[1:])])
 
 
 class MlpConnector(Connector):

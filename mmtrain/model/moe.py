@@ -129,6 +129,8 @@ class Routed(NamedTuple):
     """[] fp32."""
     counts: torch.Tensor
     """[E] fp32: choices by valid tokens, all k of them; detached."""
+    probability: torch.Tensor
+    """[E] fp32: sum over valid tokens of each expert's probability; detached."""
 
 
 class SparseMlp(nn.Module):
@@ -150,5 +152,4 @@ class SparseMlp(nn.Module):
         choice = choose(self.moe, self.router(tokens), router_input.bias)
         out = self.dispatcher(tokens, choice.expert_ids, choice.gates, self.experts)
         leading_rows = valid if valid.dim() > 1 else valid.unsqueeze(0)
-        balance, z, counts = losses(self.moe, choice, leading_rows, router_input)
-        return Routed(out.view(*x.shape[:-1], -1), balance, z, counts.detach())
+        return Routed(out.view(*x.shape[:-1], -1), *losses(self.moe, choice, leading_rows, router_input))

@@ -39,6 +39,19 @@ class Choice(NamedTuple):
     """[N, k] fp32, their weights; each row sums to 1 unless the layer does not renormalise."""
 
 
+class RouterLosses(NamedTuple):
+    """What `losses` says of this call's valid tokens. The losses are raw, without coefficient."""
+
+    balance: torch.Tensor
+    """[] fp32."""
+    z: torch.Tensor
+    """[] fp32."""
+    counts: torch.Tensor
+    """[E] fp32: choices of each expert, all k of them; detached."""
+    probability: torch.Tensor
+    """[E] fp32: sum over the tokens of each expert's probability; detached."""
+
+
 class Router(nn.Module):
     """A linear map from the residual stream to expert logits, in float32 whatever the model computes in."""
 
@@ -66,16 +79,13 @@ def choose(moe: Moe, logits: torch.Tensor, bias: torch.Tensor) -> Choice:
     return Choice(logits, expert_ids, logits.softmax(-1).gather(-1, expert_ids))
 
 
-def losses(
-    moe: Moe, choice: Choice, valid: torch.Tensor, router_input: RouterInput
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(balance [], z [], counts [E]) of the tokens that `valid` [S, L] marks; S * L = N. Raw: no coefficient.
+def losses(moe: Moe, choice: Choice, valid: torch.Tensor, router_input: RouterInput) -> RouterLosses:
+    """Losses and sums of the tokens that `valid` [S, L] marks; S * L = N.
 
     z        sum_t lse(logits_t)^2 / valid_total                                   (arXiv:2202.08906, eq. 5)
     balance  step: E * sum_e load_share_e * (sum_t p_te / valid_total)             (arXiv:2101.03961, eq. 4-6)
              sequence: sum_s (valid tokens of s / valid_total) * E * sum_e f_se * p_se, with f_se the share of
              choices and p_se the mean probability inside leading row s
-    counts   choices of each expert by valid tokens, all k of them; not differentiable
     """
     num_experts = choice.logits.shape[-1]
     weight = valid.reshape(-1).to(choice.logits.dtype)
@@ -84,11 +94,12 @@ def losses(
     z = (weight * log_sum.square()).sum() / total
     chosen = torch.zeros_like(choice.logits).scatter_(-1, choice.expert_ids, 1.0)
     counts = weight @ chosen
-    if moe.balance != "loss":
-        return torch.zeros_like(z), z, counts
     probabilities = (choice.logits - log_sum.unsqueeze(-1)).exp()
+    probability = weight @ probabilities
+    if moe.balance != "loss":
+        return RouterLosses(torch.zeros_like(z), z, counts, probability.detach())
     if moe.balance_scope == "step":
-        balance = router_input.load_share @ (weight @ probabilities)
+        balance = router_input.load_share @ probability
     else:
         rows = valid.shape[0], -1, num_experts
         weighted = weight.view(valid.shape).unsqueeze(1)  # [S, 1, L]
@@ -96,4 +107,4 @@ def losses(
         chosen_sum = (weighted @ chosen.view(rows)).squeeze(1)
         probability_sum = (weighted @ probabilities.view(rows)).squeeze(1)
         balance = (chosen_sum * probability_sum / (moe.top_k * tokens.clamp(min=1))).sum()
-    return num_experts * balance / total, z, counts
+    return RouterLosses(num_experts * balance / total, z, counts, probability.detach())

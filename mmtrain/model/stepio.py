@@ -49,6 +49,8 @@ class RouterStats(NamedTuple):
     """[] raw z-loss; of a part, the mean over its sparse layers."""
     counts: torch.Tensor
     """[E] choices of valid tokens, all k, detached; of a part, [layers, E]."""
+    probability: torch.Tensor
+    """[E] sum over valid tokens of each expert's probability, detached; of a part, [layers, E]."""
 
 
 class StepInputs(NamedTuple):
@@ -79,6 +81,8 @@ class Losses(NamedTuple):
     """Part -> [] raw z-loss, mean over its sparse layers."""
     counts: dict[str, torch.Tensor]
     """Part -> [layers, E] choices of valid tokens, detached."""
+    probability: dict[str, torch.Tensor]
+    """Part -> [layers, E] sums over valid tokens of the experts' probabilities, detached."""
 
 
 def summarise(layers: list[RouterStats]) -> RouterStats | None:
@@ -89,6 +93,7 @@ def summarise(layers: list[RouterStats]) -> RouterStats | None:
         torch.stack([layer.balance for layer in layers]).mean(),
         torch.stack([layer.z for layer in layers]).mean(),
         torch.stack([layer.counts for layer in layers]),
+        torch.stack([layer.probability for layer in layers]),
     )
 
 

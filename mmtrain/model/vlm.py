@@ -87,6 +87,7 @@ class VisionLanguageModel(nn.Module):
             balance={part: report.balance.detach() for part, report in reports.items()},
             z={part: report.z.detach() for part, report in reports.items()},
             counts={part: report.counts for part, report in reports.items()},
+            probability={part: report.probability for part, report in reports.items()},
         )
 
 

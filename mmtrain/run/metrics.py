@@ -63,6 +63,8 @@ class StepRecord:
     """Gradient norm by part (vision, connector, decoder)."""
     balance: Mapping[str, float] = field(default_factory=dict)
     """Balance loss by part, without coefficient, mean over layers."""
+    switch: Mapping[str, float] = field(default_factory=dict)
+    """Switch's balance value with this step's own shares, by part, mean over layers; 1 is even use."""
     z: Mapping[str, float] = field(default_factory=dict)
     """Router z-loss by part, without coefficient, mean over layers."""
     expert_shares: Mapping[str, Mapping[str, list[float]]] = field(default_factory=dict)

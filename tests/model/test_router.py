@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from mmtrain.config.schema import Moe
-from mmtrain.model.router import Router, RouterInput, choose, losses
+from mmtrain.model.router import Router, RouterInput, RouterLosses, choose, losses
 
 E, K, D = 5, 2, 8
 SHARE = torch.tensor([0.5, 0.2, 0.1, 0.15, 0.05])
@@ -17,9 +17,7 @@ def case(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     return logits, valid
 
 
-def measure(
-    moe: Moe, logits: torch.Tensor, valid: torch.Tensor, total: float
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def measure(moe: Moe, logits: torch.Tensor, valid: torch.Tensor, total: float) -> RouterLosses:
     bias = torch.zeros(E)
     choice = choose(moe, logits.reshape(-1, E), bias)
     return losses(moe, choice, valid, RouterInput(SHARE, torch.tensor(total), bias))
@@ -45,20 +43,20 @@ def test_gates_are_entries_of_the_softmax_where_a_layer_does_not_renormalise() -
 
 def test_z_loss_is_the_mean_square_of_logsumexp_over_valid_tokens() -> None:
     logits, valid = case()
-    _, z, _ = measure(Moe(num_experts=E, top_k=K), logits, valid, 11.0)
+    z = measure(Moe(num_experts=E, top_k=K), logits, valid, 11.0).z
     torch.testing.assert_close(z, logits[valid].exp().sum(-1).log().square().mean())
 
 
 def test_balance_of_a_step_takes_the_given_shares() -> None:
     logits, valid = case()
-    balance, _, _ = measure(Moe(num_experts=E, top_k=K), logits, valid, 11.0)
+    balance = measure(Moe(num_experts=E, top_k=K), logits, valid, 11.0).balance
     torch.testing.assert_close(balance, E * (SHARE * logits[valid].softmax(-1).mean(0)).sum())
 
 
 def test_balance_of_sequences_is_the_switch_loss_of_each_row_weighted_by_its_tokens() -> None:
     logits, valid = case()
     moe = Moe(num_experts=E, top_k=K, balance_scope="sequence")
-    balance, _, _ = measure(moe, logits, valid, 11.0)
+    balance = measure(moe, logits, valid, 11.0).balance
     expected = torch.zeros(())
     for row, mask in zip(logits, valid, strict=True):
         if mask.any():
@@ -73,24 +71,27 @@ def test_even_use_has_balance_one_in_both_scopes() -> None:
     inputs = RouterInput(torch.full((4,), 0.25), torch.tensor(8.0), torch.zeros(4))
     for scope in ("step", "sequence"):
         moe = Moe(num_experts=4, top_k=2, balance_scope=scope)
-        balance, _, counts = losses(moe, choose(moe, logits[0], inputs.bias), valid, inputs)
+        balance, _, counts, _ = losses(moe, choose(moe, logits[0], inputs.bias), valid, inputs)
         torch.testing.assert_close(balance, torch.tensor(1.0))
         assert counts.tolist() == [4, 4, 4, 4]
 
 
-def test_counts_are_choices_of_valid_tokens() -> None:
+def test_counts_and_probabilities_are_sums_over_valid_tokens() -> None:
     logits, valid = case()
-    _, _, counts = measure(Moe(num_experts=E, top_k=K), logits, valid, 11.0)
-    torch.testing.assert_close(counts, shares(logits[valid]) * 11 * K)
-    assert not counts.requires_grad
+    logits.requires_grad_(True)
+    _, _, counts, probability = measure(Moe(num_experts=E, top_k=K), logits, valid, 11.0)
+    torch.testing.assert_close(counts, shares(logits[valid]).detach() * 11 * K)
+    torch.testing.assert_close(probability, logits[valid].softmax(-1).sum(0).detach())
+    assert not counts.requires_grad and not probability.requires_grad
 
 
 @pytest.mark.parametrize("balance", ["bias", "none"])
 def test_balance_is_zero_unless_it_is_a_loss(balance: str) -> None:
     logits, valid = case()
-    value, z, _ = measure(Moe(num_experts=E, top_k=K, balance=balance), logits, valid, 11.0)
+    value, z, _, probability = measure(Moe(num_experts=E, top_k=K, balance=balance), logits, valid, 11.0)
     assert value == 0
     assert z > 0
+    torch.testing.assert_close(probability, logits[valid].softmax(-1).sum(0))
 
 
 @pytest.mark.parametrize("scope", ["step", "sequence"])
@@ -113,7 +114,7 @@ def test_splitting_the_batch_changes_neither_losses_nor_gradients(scope: str) ->
 
     def total(parts: list[slice]) -> tuple[torch.Tensor, torch.Tensor]:
         values = [measure(moe, router(x[part]), valid[part], 11.0) for part in parts]
-        loss = sum(0.1 * balance + 0.01 * z for balance, z, _ in values)
+        loss = sum(0.1 * balance + 0.01 * z for balance, z, *_ in values)
         return loss.detach(), torch.autograd.grad(loss, router.weight)[0]
 
     whole = total([slice(0, 4)])
@@ -127,8 +128,8 @@ def test_a_global_batch_without_valid_tokens_has_losses_of_zero(scope: str) -> N
     logits, valid = case()
     logits.requires_grad_(True)
     moe = Moe(num_experts=E, top_k=K, balance_scope=scope)
-    balance, z, counts = measure(moe, logits, torch.zeros_like(valid), 0.0)
-    assert (balance, z, counts.sum()) == (0, 0, 0)
+    balance, z, counts, probability = measure(moe, logits, torch.zeros_like(valid), 0.0)
+    assert (balance, z, counts.sum(), probability.sum()) == (0, 0, 0, 0)
     (gradient,) = torch.autograd.grad(balance + z, logits)
     assert torch.equal(gradient, torch.zeros_like(logits))
 

@@ -27,7 +27,11 @@ def test_a_first_step_knows_no_loads_yet() -> None:
 
 
 def test_a_part_reports_means_of_its_losses_and_all_its_counts() -> None:
-    layers = [RouterStats(torch.tensor(x), torch.tensor(10 * x), torch.tensor([x, x + 1])) for x in (1.0, 3.0)]
-    balance, z, counts = summarise(layers)
+    layers = [
+        RouterStats(torch.tensor(x), torch.tensor(10 * x), torch.tensor([x, x + 1]), torch.tensor([x, -x]))
+        for x in (1.0, 3.0)
+    ]
+    balance, z, counts, probability = summarise(layers)
     assert (balance.item(), z.item(), counts.tolist()) == (2.0, 20.0, [[1.0, 2.0], [3.0, 4.0]])
+    assert probability.tolist() == [[1.0, -1.0], [3.0, -3.0]]
     assert summarise([]) is None

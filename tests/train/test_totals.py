@@ -85,6 +85,7 @@ def losses(shape: Model, seed: int) -> Losses:
         balance={part: draw() for part in layers},
         z={part: draw() for part in layers},
         counts={part: (10 * draw(count, 4)).floor() for part, count in layers.items()},
+        probability={part: 5 * draw(count, 4) for part, count in layers.items()},
     )
 
 
@@ -128,6 +129,25 @@ def test_shares_are_named_by_the_layer_of_the_part() -> None:
     assert list(shares["vision"]) == ["0", "1"] and list(shares["connector"]) == ["0"]
     assert shares["decoder"] == {"1": [0.125, 0.125, 0.25, 0.5], "3": [0.0, 0.0, 0.0, 0.0]}
     assert all(shape.decoder.moe.is_sparse(int(layer)) for layer in shares["decoder"])
+
+
+def test_the_switch_value_is_that_of_the_whole_step() -> None:
+    """Of two micro-batches of unlike use together, by the formula of arXiv:2101.03961."""
+    shape = sparse_model()
+    totals = LossTotals(shape)
+    for seed, used in ((1, [6.0, 2.0, 0.0, 0.0]), (2, [0.0, 0.0, 2.0, 6.0])):
+        one = losses(shape, seed)
+        one.counts["connector"] = torch.tensor([used])  # 4 tokens, each to 2 experts
+        one.probability["connector"] = torch.tensor([[use / 2 for use in used]])
+        one.counts["decoder"], one.probability["decoder"] = torch.zeros(2, 4), torch.zeros(2, 4)
+        totals.add(one)
+    totals.reduce(alone())
+    value = totals.switch()
+    assert value["connector"] == pytest.approx(4 * (2 * (6 / 16) * (3 / 8) + 2 * (2 / 16) * (1 / 8)))  # apart: 2.5
+    assert value["decoder"] == 0.0  # no valid token
+    counts, sums = (totals.sums[f"{kind}/vision"] for kind in ("counts", "probability"))
+    by_hand = [4 * (c / c.sum() * p / p.sum()).sum() for c, p in zip(counts, sums, strict=True)]
+    assert value["vision"] == pytest.approx(float(sum(by_hand)) / len(by_hand))
 
 
 def test_router_state_follows_its_formula() -> None:
