@@ -118,10 +118,16 @@ class LanguageHead(nn.Module):
         labels, weights, source_ids = labels[rows], weights[rows], source_ids[rows]
         if self.scale != 1.0:
             hidden = hidden * self.scale
-        learning = torch.is_grad_enabled()  # inside a Function it is always off
-        language_sum, ce = _CrossEntropy.apply(hidden, self.weight, labels, weights, self.vocab_size, learning)
+        language_sum, ce = self.cross_entropy(hidden, labels, weights)
         of_source = (torch.arange(num_sources, device=rows.device).unsqueeze(1) == source_ids).float()
         return language_sum, of_source @ (weights * ce), of_source @ weights
+
+    def cross_entropy(
+        self, hidden: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Scaled hidden [R, d], labels [R], weights [R] -> (sum of weights * ce [], ce [R] detached)."""
+        learning = torch.is_grad_enabled()  # inside a Function it is always off
+        return _CrossEntropy.apply(hidden, self.weight, labels, weights, self.vocab_size, learning)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """hidden [R, d] -> logits [R, V] fp32; the padded rows of the weight have none."""

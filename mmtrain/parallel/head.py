@@ -28,9 +28,10 @@ class _CrossEntropy(torch.autograd.Function):
         start: int,
         vocab_size: int,
         group: dist.ProcessGroup,
+        learning: bool,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         ce = torch.empty(hidden.shape[0], dtype=torch.float32, device=hidden.device)
-        needed = any(ctx.needs_input_grad[:2])
+        needed = learning and any(ctx.needs_input_grad[:2])
         grad_hidden = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device) if needed else None
         grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if needed else None
         rows = max(1, CHUNK_LOGITS // weight.shape[0])
@@ -68,11 +69,7 @@ class _CrossEntropy(torch.autograd.Function):
         return (
             (grad_hidden * grad).to(hidden_dtype),
             (grad_weight * grad).to(weight_dtype),
-            None,
-            None,
-            None,
-            None,
-            None,
+            *(None,) * 6,
         )
 
 
@@ -84,37 +81,25 @@ def _local_logits(hidden: torch.Tensor, weight: torch.Tensor, start: int, vocab_
     return logits
 
 
-class VocabularyHead(nn.Module):
+class VocabularyHead(LanguageHead):
     """LanguageHead whose rows are spread over the ranks of `group`; same inputs, same outputs, on every rank."""
 
     def __init__(self, head: LanguageHead, weight: nn.Parameter, group: dist.ProcessGroup) -> None:
         """weight [v, d]: this rank's rows."""
-        super().__init__()
+        nn.Module.__init__(self)  # its weight is made already
         self.weight = weight
         self.vocab_size, self.scale = head.vocab_size, head.scale
         self.group = group
         self.start = group.rank() * weight.shape[0]
 
-    def forward(
-        self,
-        hidden: torch.Tensor,
-        labels: torch.Tensor | None = None,
-        weights: torch.Tensor | None = None,
-        source_ids: torch.Tensor | None = None,
-        num_sources: int = 1,
-    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """See LanguageHead.forward."""
-        if labels is None:
-            return self.logits(hidden)
-        rows = weights.nonzero().squeeze(1)
-        hidden, labels, weights, source_ids = hidden[rows], labels[rows], weights[rows], source_ids[rows]
-        if self.scale != 1.0:
-            hidden = hidden * self.scale
-        language_sum, ce = _CrossEntropy.apply(
-            hidden, self.weight, labels, weights, self.start, self.vocab_size, self.group
+    def cross_entropy(
+        self, hidden: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """See LanguageHead.cross_entropy."""
+        learning = torch.is_grad_enabled()  # inside a Function it is always off
+        return _CrossEntropy.apply(
+            hidden, self.weight, labels, weights, self.start, self.vocab_size, self.group, learning
         )
-        of_source = (torch.arange(num_sources, device=rows.device).unsqueeze(1) == source_ids).float()
-        return language_sum, of_source @ (weights * ce), of_source @ weights
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """hidden [R, d] -> logits [R, V] fp32, whole on every rank; without gradients."""
