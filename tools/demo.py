@@ -71,6 +71,7 @@ def prepare() -> None:
         return
     raw, new = OUT / "raw", OUT / "data.tmp"
     shutil.rmtree(new, ignore_errors=True)
+    shutil.rmtree(raw, ignore_errors=True)  # what an interrupted run left
     new.mkdir(parents=True)
     demo_data.build(raw)
     tokenizer = str(new / "tokenizer.json")

@@ -16,6 +16,8 @@ from typing import Any
 
 import easy_vqa
 
+from launch.entry import run, setup
+from mmtrain.config.errors import DataError
 from mmtrain.evaluate.wording import ANSWERS, matching_question
 
 SHAPES = ("circle", "rectangle", "triangle")
@@ -26,16 +28,21 @@ QUESTIONS_PER_TEXT = 8
 Questions = list[tuple[str, str]]
 
 
-def main() -> None:
+def main() -> int:
+    setup()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="folder to write")
-    arguments = parser.parse_args()
-    build(arguments.out)
+    parser.add_argument("--out", type=Path, required=True, help="new folder to write")
+    build(parser.parse_args().out)
+    return 0
 
 
 def build(out: Path) -> None:
-    """Write images/, captions.jsonl, interleaved.jsonl, text.jsonl, instruct.json and eval/ under `out`."""
-    shutil.rmtree(out, ignore_errors=True)
+    """Write images/, captions.jsonl, interleaved.jsonl, text.jsonl, instruct.json and eval/ under the new folder `out`.
+
+    DataError: it holds something already.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise DataError(f"output {out}: exists already; choose another folder or delete it")
     (out / "eval").mkdir(parents=True)
     train, test = read("train", out / "images"), read("test", out / "images")
     rng = random.Random(0)
@@ -176,4 +183,4 @@ def lines(path: Path, records: list[dict[str, Any]]) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

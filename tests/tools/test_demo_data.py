@@ -1,7 +1,11 @@
 """What the demo trains on and measures with, from easy-VQA's own questions."""
 
 import random
+from pathlib import Path
 
+import pytest
+
+from mmtrain.config.errors import DataError
 from mmtrain.evaluate.wording import ANSWERS, matching_question
 from tools import demo_data
 
@@ -33,3 +37,10 @@ def test_every_conversation_is_followed_by_a_statement_with_the_right_answer() -
         assert question.startswith("<image>\n")
         assert answer == ANSWERS[question.removeprefix("<image>\n") == truth]
     assert {answers.count("true"), answers.count("false")} != {0, 40}
+
+
+def test_a_folder_that_holds_something_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "mine").write_text("kept")
+    with pytest.raises(DataError, match=f"output {tmp_path}: exists already; choose another folder or delete it"):
+        demo_data.build(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]
