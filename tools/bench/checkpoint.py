@@ -1,15 +1,15 @@
 """How long a save holds the step loop, against the time to write it and to write the same bytes raw.
 
-    python -m tools.bench.checkpoint [RECIPE] [--saves N] [--out DIR]
+    python -m tools.bench.checkpoint [RECIPE] [--saves N] [--out DIR] [--save]
 
 One process saves a recipe's model with its moments (Saver.save: copy to host memory; a thread then writes, hashes and
 fsyncs while the loop could go on). `held` is the time that save() takes, `written` the time from its call until the
 checkpoint is committed, `raw` the time to write as many bytes to one file beside it, fsync included. The first save,
-which allocates the host memory, is left out. Prints one JSON line; `ratio` is held / written (target: at most 0.10).
+which allocates the host memory, is left out. Prints one JSON line; `ratio` is held / written (target: at most 0.10);
+--save keeps it in tools/bench/results/.
 """
 
 import argparse
-import json
 import os
 import statistics
 import tempfile
@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 
 from launch.entry import run, setup
+from tools.bench.record import tell
 from tools.bench.step import DEFAULT, engine_step, synthetic
 
 
@@ -28,6 +29,7 @@ def main() -> int:
     parser.add_argument("recipe", type=Path, nargs="?", default=DEFAULT)
     parser.add_argument("--saves", type=int, default=5, help="measured saves")
     parser.add_argument("--out", type=Path, help="folder on the disk to measure (default: a temporary folder)")
+    parser.add_argument("--save", action="store_true", help="keep the result in tools/bench/results/")
     arguments = parser.parse_args()
     from mmtrain.assemble import assemble
     from mmtrain.config.load import dump, load
@@ -56,19 +58,16 @@ def main() -> int:
                 for name, seconds in (("held", held), ("written", written), ("raw", raw(Path(folder) / "raw", size))):
                     times[name].append(seconds)
     ratios = [held / written for held, written in zip(times["held"], times["written"], strict=True)]
-    print(
-        json.dumps(
-            {
-                "bench": "checkpoint",
-                "recipe": arguments.recipe.name,
-                "bytes": size,
-                **{f"{name}_ms": round(1e3 * statistics.median(values), 1) for name, values in times.items()},
-                "ratio": round(statistics.median(ratios), 3),
-                "target": 0.10,
-                "threads": torch.get_num_threads(),
-            }
-        )
-    )
+    result = {
+        "bench": "checkpoint",
+        "recipe": arguments.recipe.name,
+        "bytes": size,
+        **{f"{name}_ms": round(1e3 * statistics.median(values), 1) for name, values in times.items()},
+        "ratio": round(statistics.median(ratios), 3),
+        "target": 0.10,
+        "threads": torch.get_num_threads(),
+    }
+    tell(result, arguments.save)
     groups.close()
     return 0
 
