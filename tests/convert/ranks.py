@@ -1,16 +1,23 @@
 """What ranks do in the tests of conversion: fill their part of a model from a pretrained folder, and answer."""
 
+from pathlib import Path
+
 import torch
 
 from mmtrain.assemble import blueprint
-from mmtrain.config.load import load
+from mmtrain.config.load import dump, load
+from mmtrain.config.schema import Recipe
 from mmtrain.data.record import Batch
+from mmtrain.model.balance import RouterState
 from mmtrain.model.stepio import first_inputs
 from mmtrain.parallel.groups import connect
 from mmtrain.parallel.materialize import fill
 from mmtrain.parallel.tensor import shard
+from mmtrain.run.manifest import RunState
+from mmtrain.run.saver import Saver
 from mmtrain.weights import Weights
 from tests.convert.cases import greedy
+from tests.parallel import harness
 
 Case = tuple[str, list[str], Batch, Batch]
 """Recipe, overrides, batch whose logits are wanted, batch to continue."""
@@ -57,3 +64,18 @@ def norm_over_all_heads(width: int) -> tuple[list[torch.Tensor], list[torch.Tens
         both.append([y.detach(), *torch.autograd.grad((y * pull[:, part]).sum(), (given, norm.weight))])
     groups.close()
     return [tensor[..., own] for tensor in both[0]], both[1]
+
+
+STEPS = 3
+
+
+def save_trained(folder: str, recipe: Recipe, tokenizer: bytes) -> None:
+    """On a rank: STEPS steps of `recipe` under its layout, then a checkpoint."""
+    groups = connect(recipe.parallel)
+    engine = harness.build(recipe, groups)
+    harness.train(recipe, groups, STEPS, accumulation=1, engine=engine)
+    state = RunState(engine.updates, dump(recipe), {}, "", routers=RouterState.first(recipe.model).as_json())
+    saver = Saver(Path(folder), groups)
+    saver.save(STEPS, engine.pieces(), state, {"tokenizer.json": tokenizer})
+    saver.wait()
+    groups.close()

@@ -1,12 +1,19 @@
 """Pretrained folders over tensor ranks and expert ranks: transformers' logits and greedy text again."""
 
+from dataclasses import replace
+
 import pytest
 import torch
+from safetensors.torch import load_file
 
-from tests import dist
+from mmtrain.config.schema import Parallel
+from mmtrain.convert.export import export
+from mmtrain.run.reader import open_weights
+from tests import dist, tiny
 from tests.convert import families, ranks
 from tests.convert.cases import SMALL, image_batch, text_batch
 from tests.convert.test_families import TOLERANCE, normalised
+from tests.data.inputs import tokenizer
 
 NEW_TOKENS = 8
 """Greedy tokens: every one is a round of collectives."""
@@ -62,3 +69,22 @@ def test_a_norm_over_all_heads_splits_over_tensor_ranks_with_its_gradients() -> 
     for wanted, got in dist.run(ranks.norm_over_all_heads, 2, 12, limit=120):
         for want, value in zip(wanted, got, strict=True):
             torch.testing.assert_close(value, want, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.timeout(600)
+def test_what_four_ranks_trained_leaves_as_what_one_process_trained(tmp_path) -> None:
+    words = tokenizer()
+    recipe = tiny.recipe()
+    recipe = replace(
+        recipe, model=replace(recipe.model, decoder=replace(recipe.model.decoder, vocab_size=words.vocab_size))
+    )
+    layouts = {"one": (1, Parallel(zero_stage=1)), "four": (4, Parallel(zero_stage=2, tensor=2, expert=2))}
+    for name, (world, parallel) in layouts.items():
+        given = (str(tmp_path / name), replace(recipe, parallel=parallel), words.path.read_bytes())
+        dist.run(ranks.save_trained, world, *given, limit=500)
+        export(open_weights(tmp_path / name), tmp_path / f"{name}_hf")
+    one, four = (load_file(tmp_path / f"{name}_hf/model.safetensors") for name in layouts)
+    assert one.keys() == four.keys()
+    assert max(float((four[name] - one[name]).norm() / one[name].norm().clamp(min=1e-3)) for name in one) <= 1e-5
+    configs = [(tmp_path / f"{name}_hf/config.json").read_text() for name in layouts]
+    assert configs[0] == configs[1]
