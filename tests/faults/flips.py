@@ -3,21 +3,25 @@
     python -m tests.faults.flips [--count 1000] [--resumes 50] [--seed 0]
 
 A quarter of the bits each in the manifest, in safetensors headers, in tensors and in the other files, drawn by seed
-over the bytes of a file. Every inspection is `python -m tools.inspect_checkpoint` in a
-process of its own (forked from one that has imported everything): its exit code must be 2 and its one line must name
-the file. Prints a line a place; exit code 1 when any flip was missed.
+over the bytes of a file. Every inspection runs the command's own main in this process, with os._exit and stderr
+caught (the tests run it in processes of its own): its exit code must be 2 and its one line must name the file. Every
+resume is the training of a copied run folder. Prints a line a place; exit code 1 when any flip was missed.
 """
 
 import argparse
+import contextlib
+import io
+import os
 import random
 import shutil
 import struct
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
+from unittest import mock
 
 import launch.entry
 import tools.inspect_checkpoint
@@ -75,14 +79,35 @@ def inspect(*paths: str) -> None:
     launch.entry.run(tools.inspect_checkpoint.main)
 
 
-def missed(folder: Path, what: Flip, logs: Path) -> str:
+def in_a_process(folder: Path, logs: Path) -> tuple[int, str]:
+    """Exit code of the tool, and what it printed."""
+    ended = jobs.run(logs, inspect, str(folder))
+    return ended.code, ended.log
+
+
+def here(folder: Path, _: Path) -> tuple[int, str]:
+    """The same without a process."""
+    told = io.StringIO()
+
+    def leave(code: int) -> None:
+        raise SystemExit(code)
+
+    with mock.patch.object(os, "_exit", leave), contextlib.redirect_stderr(told), contextlib.redirect_stdout(told):
+        try:
+            inspect(str(folder))
+        except SystemExit as end:
+            return int(end.code or 0), told.getvalue()
+    raise AssertionError("launch.entry.run always exits")
+
+
+def missed(folder: Path, what: Flip, logs: Path, run: Callable[[Path, Path], tuple[int, str]] = in_a_process) -> str:
     """What the tool said about a flip that it did not report as it should; empty otherwise."""
     flip(folder, what)
-    ended = jobs.run(logs, inspect, str(folder))
+    code, told = run(folder, logs)
     flip(folder, what)
-    told = ended.log.splitlines()
-    good = ended.code == EXIT_DAMAGED and len(told) == 1 and told[0].startswith("error: ") and what.file in told[0]
-    return "" if good else f"{what}: exit code {ended.code}, {ended.log!r}"
+    lines = told.splitlines()
+    good = code == EXIT_DAMAGED and len(lines) == 1 and lines[0].startswith("error: ") and what.file in lines[0]
+    return "" if good else f"{what}: exit code {code}, {told!r}"
 
 
 def origin(shards: Path, folder: Path) -> Recipe:
@@ -118,7 +143,7 @@ def campaign(count: int, resumes: int, seed: int, folder: Path) -> Iterator[tupl
     draws = random.Random(seed)
     for number, place in enumerate(PLACES):
         share = len(range(number, count, len(PLACES)))
-        wrong = [missed(newest, draw(newest, place, draws), folder / "inspect") for _ in range(share)]
+        wrong = [missed(newest, draw(newest, place, draws), folder, here) for _ in range(share)]
         yield "inspected", place, share, list(filter(None, wrong))
     for number, place in enumerate(PLACES):
         share = len(range(number, resumes, len(PLACES)))
