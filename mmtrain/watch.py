@@ -41,7 +41,7 @@ log = logging.getLogger("mmtrain")
 LEDGER = "ledger.jsonl"
 SKIPPED = "skipped.jsonl"
 """Steps whose update was left out: step, why, and samples by pack (its number is what data.skip_packs takes)."""
-DOCUMENTS, UNUSABLE = "documents/", "unusable/"
+DOCUMENTS, UNUSABLE, LOST = "documents/", "unusable/", "lost_tokens/"
 
 
 class Watch:
@@ -165,6 +165,7 @@ class Watch:
         mine = data.ledger if self._groups.tensor_rank == 0 else []
         for line in (line for lines in self._groups.all_gather_object(mine) for line in lines):
             self._counters[UNUSABLE + line["source"]] += 1
+            self._counters[LOST + line["source"]] += line["tokens"]
             log.warning("step %d: sample left out: %s", step, json.dumps(line))
             if self._rank0:
                 self._ledger.write({"step": step, **line})
@@ -245,6 +246,7 @@ class Watch:
             tokens=record.tokens,
             consumed=self._by_source(DOCUMENTS),
             skipped_samples=self._by_source(UNUSABLE),
+            lost_tokens=self._by_source(LOST),
             final_losses={**record.loss_by_source, "all": record.language_loss},
             skipped_steps=guard.skips,
             rollbacks=guard.rollbacks,

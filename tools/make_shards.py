@@ -181,7 +181,16 @@ def _run(args: argparse.Namespace, console: Console) -> None:
         raise DataError(f"--samples-per-shard {args.samples_per_shard}: must be at least 1")
     if args.train_tokenizer:
         train([args.input], args.train_tokenizer, args.tokenizer, args.chat_template)
-    tokenizer = Tokenizer(args.tokenizer, args.chat_template)
+    try:
+        _make(args, Tokenizer(args.tokenizer, args.chat_template), console)
+    except UserError:
+        if args.train_tokenizer:
+            args.tokenizer.unlink()  # made a moment ago, and in the way of the next try
+        raise
+
+
+def _make(args: argparse.Namespace, tokenizer: Tokenizer, console: Console) -> None:
+    """Make or index the shards, and say what they hold."""
     if args.format == "wds":
         indexes, problems = index_folder(args.input, tokenizer)
         what = "unusable, marked in the index"

@@ -7,7 +7,7 @@ from fnmatch import fnmatchcase
 from mmtrain.config.errors import ConfigError
 from mmtrain.config.keys import exists, hint, leaves, sections, together
 from mmtrain.config.layout import divides, lane_problems, layout_problems, multiples, sparse_parts
-from mmtrain.config.schema import PARTS, Model, Recipe
+from mmtrain.config.schema import CURSOR_BYTES, PARTS, Model, Recipe
 
 AT_LEAST_ONE = (
     "model.*_size",
@@ -36,7 +36,15 @@ AT_LEAST_ONE = (
 )
 """Counts and sizes that cannot be 0."""
 
-ABOVE_ZERO = ("model.*.norm_eps", "model.*.rope_theta", "model.*.rope_scaling.*", "optim.lr", "optim.eps", "mup.base.*")
+ABOVE_ZERO = (
+    "model.*.norm_eps",
+    "model.*.rope_theta",
+    "model.*.rope_scaling.*",
+    "data.cache_gib",
+    "optim.lr",
+    "optim.eps",
+    "mup.base.*",
+)
 """Numbers that cannot be 0."""
 
 MAY_BE_NEGATIVE = ("model.vision.select_layer", "seed")
@@ -247,6 +255,26 @@ def _data(recipe: Recipe) -> Iterator[str]:
             f"(1 + data.sub_images={data.sub_images}); the nearest is {frames}"
         )
     yield from lane_problems(data)
+    yield from _window(recipe)
+
+
+def _window(recipe: Recipe) -> Iterator[str]:
+    """Bounds of the packing window: the promises of the plan need them."""
+    data = recipe.data
+    sources = sum(source.weight > 0 for source in data.sources.values())
+    if not sources:
+        return
+    if data.max_wait < data.least_wait(sources):
+        yield (
+            f"data.max_wait={data.max_wait}: {sources} sources need at least {data.least_wait(sources)} packs to keep "
+            "their mixture"
+        )
+    most = data.most_window(sources)
+    if data.window > most:
+        yield (
+            f"data.window={data.window}: with {sources} sources at most {most} documents, so that the state of the "
+            f"stream stays below {CURSOR_BYTES // 1024} KiB"
+        )
 
 
 def _length(recipe: Recipe) -> Iterator[str]:

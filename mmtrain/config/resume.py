@@ -24,6 +24,9 @@ ALWAYS_FREE = (
     "parallel.activation_checkpointing",
     "guard",
     "data.workers",
+    "data.cache",
+    "data.allow_pipes",
+    "data.cache_gib",
     "data.skip_packs",  # what a person leaves out after having seen it
     "data.micro_batch",  # how the global batch is cut: layout, like the world size
 )

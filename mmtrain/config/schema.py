@@ -9,6 +9,7 @@ from typing import Any, Literal
 from mmtrain.config.network import PARTS, VOCAB_MULTIPLE, Connector, Decoder, Model, Moe, RopeScaling, Vision
 
 __all__ = [
+    "CURSOR_BYTES",
     "PARTS",
     "REQUIRED",
     "VOCAB_MULTIPLE",
@@ -33,6 +34,11 @@ __all__ = [
     "Vision",
 ]
 
+CURSOR_BYTES = 64 * 1024
+"""The state of the stream in a checkpoint is shorter than this as JSON."""
+WAITING_BYTES = 18
+"""Most characters of a waiting document in it: three small differences (the first of a source is larger)."""
+
 REQUIRED: Any = "???"  # omegaconf's spelling of "the recipe must say"
 
 
@@ -41,9 +47,11 @@ class Source:
     """One named stream of shards."""
 
     shards: str = REQUIRED
-    """Folder of .tar shards with their indexes (tools.make_shards writes both)."""
+    """Folder of .tar shards with their indexes (tools.make_shards), or of indexes of remote ones (index_shards)."""
     weight: float = 1.0
     """Relative share of tokens, image tokens included; 0 switches an inherited source off."""
+    max_epochs: float = 0.0
+    """Passes over it at most, the others share its place afterwards; 0 for no limit."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +87,14 @@ class Data:
     """4: one overview and 4 crops of an image larger than the canvas (MM1 3.5); 0: the overview alone."""
     max_image_pixels: int = 50_000_000
     """Images with more pixels are refused before decoding (decompression bombs)."""
+    cache: str = ""
+    """Folder for copies of remote shards, shared by the processes of a node; empty for one in the temporary folder."""
+    cache_gib: float = 50.0
+    """GiB that the copies take at most; the shards that all sources have open must fit."""
+    allow_pipes: bool = False
+    """Whether indexes may name shell commands (`pipe:...`) that give their shards."""
+    quarantine: str = ""
+    """JSON lines with source, shard and key, as in ledger.jsonl: these samples stay planned but are never read."""
     max_bad_fraction: float = 0.01
     """Training stops when more than this share of the samples read so far was unusable (never before 100 samples)."""
     skip_packs: list[int] = field(default_factory=list)
@@ -90,6 +106,14 @@ class Data:
     def num_lanes(self) -> int:
         """Lanes of the plan."""
         return self.lanes or self.global_batch
+
+    def least_wait(self, sources: int) -> int:
+        """Smallest max_wait with which so many sources can keep their mixture (mmtrain.data.fill proves it)."""
+        return 4 * sources + 6
+
+    def most_window(self, sources: int) -> int:
+        """Largest window with which the state of the stream stays below CURSOR_BYTES."""
+        return (CURSOR_BYTES - 4096 - 256 * sources) // (WAITING_BYTES * sources)
 
 
 @dataclass(frozen=True)

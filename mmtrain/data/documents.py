@@ -24,6 +24,9 @@ IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 PARAGRAPH = "\n\n"
 """Between two texts that no image separates."""
 
+MAX_JSON_BYTES = 16 << 20
+"""Larger JSON members are refused before parsing."""
+
 _KINDS = ("caption", "interleaved", "text", "conversation")
 
 
@@ -65,6 +68,26 @@ Outline = list[tuple[Run, ...] | str]
 
 def content_defect(content: Content) -> str:
     """What is wrong with `content`, in words; empty if nothing is."""
+    return _structure_defect(content) or _surrogate_defect(content)
+
+
+def _surrogate_defect(content: Content) -> str:
+    """JSON can spell half of a character (a lone surrogate), which no tokenizer takes."""
+    try:
+        for text in (*content.texts, *(turn.text for turn in content.turns)):
+            if text is not None:
+                text.encode()
+    except UnicodeEncodeError as error:
+        return f"text holds half of a character (\\u{ord(error.object[error.start]):x})"
+    return ""
+
+
+def _structure_defect(content: Content) -> str:
+    """What is missing, empty, or of another type than it must be."""
+    named = content.images if content.kind == "conversation" else content.image_names()
+    for name in named:
+        if not isinstance(name, str):
+            return f"images holds {str(name)[:80]!r}, not text"
     if content.kind == "conversation":
         return _conversation_defect(content)
     if len(content.texts) != len(content.images):
@@ -90,8 +113,9 @@ def _conversation_defect(content: Content) -> str:
     for number, turn in enumerate(content.turns):
         expected = ("user", "assistant")[number % 2]
         if turn.role != expected:
+            found = names.get(turn.role, turn.role) if isinstance(turn.role, str) else turn.role
             return (
-                f"turn {number} is from {names.get(turn.role, turn.role)!r}, expected {names[expected]!r}; human and "
+                f"turn {number} is from {str(found)[:80]!r}, expected {names[expected]!r}; human and "
                 "gpt must alternate, human first"
             )
         if not _has_words(turn.text):
@@ -114,9 +138,12 @@ def content_of(members: Mapping[str, bytes]) -> Content:
     """
     fields: dict[str, Any] = {}
     if "json" in members:
+        if len(members["json"]) > MAX_JSON_BYTES:
+            raise BadSample(f"JSON of {len(members['json'])} bytes, more than the {MAX_JSON_BYTES} that are read")
         try:
             fields = json.loads(members["json"])
-        except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        # ValueError: no UTF-8, no JSON, or a number of thousands of digits; RecursionError: nested beyond reason.
+        except (ValueError, RecursionError) as error:
             raise BadSample(f"broken JSON: {error}") from None
         if not isinstance(fields, dict):
             raise BadSample("JSON is not an object")

@@ -10,22 +10,13 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 import simplejpeg
-from PIL import Image, ImageOps, JpegImagePlugin, PngImagePlugin, WebPImagePlugin
+from PIL import Image, ImageOps
 
 from mmtrain.data.documents import BadSample
+from mmtrain.data.header import FORMATS
 
 PAD_COLOUR = (122, 116, 104)
 """Colour around a padded image: CLIP's mean, which normalisation turns into (nearly) zero."""
-
-FORMATS = tuple(
-    plugin.format
-    for plugin in (
-        JpegImagePlugin.JpegImageFile,
-        PngImagePlugin.PngImageFile,
-        WebPImagePlugin.WebPImageFile,
-    )
-)
-"""What shards may hold. Pillow's other plugins are never asked: each is a parser of hostile bytes."""
 
 GRID = 2
 """Crops along each side of the sub-image grid."""
@@ -129,7 +120,7 @@ def _decode_other(data: bytes, canvas: Canvas) -> _Picture:
     except BadSample:
         raise
     # Everything that Pillow's parsers are known to raise on damaged files.
-    except (OSError, ValueError, SyntaxError, EOFError, IndexError, TypeError, struct.error, MemoryError) as error:
+    except (OSError, ValueError, SyntaxError, EOFError, LookupError, TypeError, struct.error, MemoryError) as error:
         raise BadSample(f"unreadable image: {error}") from None
     finally:
         Image.MAX_IMAGE_PIXELS = limit

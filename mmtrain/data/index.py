@@ -34,6 +34,8 @@ SUFFIX = ".index"
 MAX_HEADER_BYTES = 1 << 20
 """A first line is not longer."""
 
+_HEADER_TYPES = get_type_hints(IndexHeader)
+
 _CHUNK = 512  # samples whose texts are tokenised in one call
 
 
@@ -101,10 +103,10 @@ def open_folder(folder: str | Path, tokenizer: Tokenizer) -> list[Shard]:
     has no index, changed since, or was indexed for another tokenizer, chat template or set of special tokens.
     """
     folder = Path(folder)
-    remote = [path for path in sorted(folder.glob("*" + SUFFIX)) if not path.with_suffix(".tar").exists()]
-    tars = shard_paths(folder) if not remote or any(folder.glob("*.tar")) else []
-    paths = sorted([*map(index_path, tars), *remote])
-    shards = [_checked(path, tokenizer) for path in paths]
+    indexes = set(folder.glob("*" + SUFFIX))
+    tars = set(map(index_path, shard_paths(folder))) if not indexes or any(folder.glob("*.tar")) else set()
+    paths = sorted(indexes | tars, key=str)
+    shards = [check_index(path, tokenizer) for path in paths]
     if not any(shard.header.samples > shard.header.unusable for shard in shards):
         raise DataError(f"data folder {folder}: {len(shards)} shards without a single usable sample; make them again")
     return shards
@@ -165,9 +167,9 @@ def _first_line(line: bytes, path: Path) -> tuple[IndexHeader, dict[str, int], s
             )
         lengths, expected = fields.pop("lengths"), fields.pop("payload_sha256")
         header = IndexHeader(**fields)
-        for field, value in asdict(header).items():
-            if type(value) is not get_type_hints(IndexHeader)[field]:
-                raise TypeError(f"{field} is {value!r}")
+        for name, kind in _HEADER_TYPES.items():
+            if type(getattr(header, name)) is not kind:
+                raise TypeError(f"{name} is {getattr(header, name)!r}")
         if not isinstance(lengths, dict):
             raise TypeError(f"lengths is {lengths!r}")
     except (ValueError, TypeError, KeyError, RecursionError) as error:
@@ -175,8 +177,8 @@ def _first_line(line: bytes, path: Path) -> tuple[IndexHeader, dict[str, int], s
     return header, lengths, expected
 
 
-def _checked(path: Path, tokenizer: Tokenizer) -> Shard:
-    """The shard of an index, if the index still holds for the tar and this tokenizer."""
+def check_index(path: Path, tokenizer: Tokenizer) -> Shard:
+    """The shard of an index by its first line; DataError if it does not hold for its tar or this tokenizer."""
     if not path.is_file():
         raise DataError(f"shard {path.with_suffix('.tar')}: no index beside it ({path.name}); {_again(path.parent)}")
     with path.open("rb") as file:

@@ -14,10 +14,11 @@ from mmtrain.config.schema import Recipe, Source
 from mmtrain.config.tokens import TokenKind
 from mmtrain.data.batch import canvas_of, stack
 from mmtrain.data.collate import Shape
-from mmtrain.data.index import open_folder
+from mmtrain.data.index import Shard, open_folder
 from mmtrain.data.ordering import Planned, Sizer
 from mmtrain.data.plan import Plan, Planner
 from mmtrain.data.pool import WorkerPool
+from mmtrain.data.quarantine import NO_FILE, read_quarantine
 from mmtrain.data.reader import Reader, ReaderSpec, ReadPack
 from mmtrain.data.record import Batch, Step
 from mmtrain.data.tokenizer import Tokenizer
@@ -68,11 +69,18 @@ class Loader:
         self._rank, self._size = data_rank, data_size
         self._sources = dict(recipe.data.sources if sources is None else sources)
         self._shape = Shape(canvas_of(recipe), recipe.model.connector.num_tokens, recipe.data.sequence_length)
-        self._planner = make_planner(recipe, tokenizer, self._sources, finite_batches is not None)
+        self._planner, self._quarantine = make_planner(recipe, tokenizer, self._sources, finite_batches is not None)
         self._tokenizer = tokenizer
         if cursor is not None:
-            self._planner.restore(cursor)
-        self._spec = ReaderSpec(str(tokenizer.path), recipe.data.chat_template, self._shape, tuple(self._sources))
+            self._restore(cursor)
+        self._spec = ReaderSpec(
+            str(tokenizer.path),
+            recipe.data.chat_template,
+            self._shape,
+            tuple(self._sources),
+            recipe.data.cache,
+            int(recipe.data.cache_gib * 2**30),
+        )
         self._reader = Reader(self._spec, tokenizer)
         self._pool = WorkerPool(self._spec, recipe.data.workers) if recipe.data.workers else None
         self._read = self._bad = 0
@@ -88,9 +96,9 @@ class Loader:
     def steps_for_epochs(recipe: Recipe, tokenizer: Tokenizer, sources: Mapping[str, Source] | None = None) -> int:
         """Steps that recipe.epochs passes over the longest-lasting source make.
 
-        The plan is made once to count its packs, which takes about 10 seconds for a million samples.
+        The plan is made once to count its packs (tools/bench/loader.py measures how long that takes).
         """
-        planner = make_planner(replace(recipe, steps=0), tokenizer, sources or recipe.data.sources)
+        planner, _ = make_planner(replace(recipe, steps=0), tokenizer, sources or recipe.data.sources)
         steps = 0
         while not planner.finished:
             planner.next_step()
@@ -126,13 +134,30 @@ class Loader:
 
     def _begin(self) -> _Pending:
         """Plan a step and have this rank's packs decoded."""
+        if self._finite is None and self._recipe.steps and self._planner.finished:
+            done = self._planner.packs // self._recipe.data.global_batch
+            raise DataError(
+                f"data: every source has given its max_epochs after {done} of steps={self._recipe.steps}; lower steps, "
+                "or raise data.sources.NAME.max_epochs"
+            )
         plan: Plan = self._planner.next_step()
         lanes = self._recipe.data.num_lanes()
         packs = [pack for number, pack in enumerate(plan.packs) if number % lanes % self._size == self._rank]
         answers = [self._pool.submit(pack) for pack in packs] if self._pool else []
         # A sample that cannot be planned has no lane; the ranks share the reporting.
         skipped = plan.skipped[self._rank :: self._size]
-        return _Pending(packs, answers, skipped, self._planner.cursor(), self._planner.served)
+        cursor = self._planner.cursor() | {"quarantine": self._quarantine}
+        return _Pending(packs, answers, skipped, cursor, self._planner.served)
+
+    def _restore(self, cursor: Mapping[str, Any]) -> None:
+        """Continue after `cursor`; DataError if another quarantine file was in force."""
+        before = cursor.get("quarantine", NO_FILE)
+        if before != self._quarantine and "data.quarantine" not in self._recipe.resume_allow:
+            raise DataError(
+                f"data.quarantine: the run began with file {before}, now it is {self._quarantine} (short sha256); "
+                "restore it, or name data.quarantine in resume_allow"
+            )
+        self._planner.restore(cursor)
 
     def _finish(self, pending: _Pending) -> Step:
         """Wait for a step's packs and make its micro-batches and sums."""
@@ -147,7 +172,7 @@ class Loader:
         ledger = [line for item in read for line in item.ledger]
         bad = len(ledger) - sum(bool(planned.withheld) for pack in pending.packs for planned in pack)
         for skipped in pending.skipped:
-            ledger.append({**skipped._asdict(), "source": names[skipped.source]})
+            ledger.append({**skipped._asdict(), "source": names[skipped.source], "tokens": 0})
         self._count(sum(map(len, pending.packs)) + len(pending.skipped), bad + len(pending.skipped), ledger)
         return Step(
             micro_batches=batches,
@@ -171,7 +196,7 @@ class Loader:
             "decoder": float(positions),
         }
 
-    def _count(self, read: int, bad: int, ledger: Sequence[Mapping[str, str]]) -> None:
+    def _count(self, read: int, bad: int, ledger: Sequence[Mapping[str, Any]]) -> None:
         """DataError when too large a share of the samples read so far was unusable."""
         self._read += read
         self._bad += bad
@@ -185,23 +210,41 @@ class Loader:
             )
 
 
-def make_planner(recipe: Recipe, tokenizer: Tokenizer, sources: Mapping[str, Source], finite: bool = False) -> Planner:
-    """The recipe's plan over `sources`, from its beginning.
+def make_planner(
+    recipe: Recipe, tokenizer: Tokenizer, sources: Mapping[str, Source], finite: bool = False
+) -> tuple[Planner, str]:
+    """The recipe's plan over `sources`, from its beginning, and the hash of the quarantine file.
 
     `finite`: each sample at most once. Otherwise it ends after recipe.epochs passes over the longest-lasting source
-    (by tokens / weight), or never if the recipe has steps.
+    (by tokens / weight), or, if the recipe has steps, only when every source has had its max_epochs.
     """
-    data = recipe.data
+    data, seed = recipe.data, recipe.seed
     weights = {name: source.weight for name, source in sources.items()}
     shards = {name: open_folder(source.shards, tokenizer) for name, source in sources.items() if source.weight > 0}
+    if not data.allow_pipes:
+        _refuse_pipes(shards)
     sizer = Sizer(canvas_of(recipe), recipe.model.connector.num_tokens)
     samples = {name: sum(shard.header.samples for shard in of_source) for name, of_source in shards.items()}
     if finite:
         data = replace(data, skip_packs=[])  # numbers of the training stream
-        return Planner(shards, data, recipe.seed, sizer, weights, samples)
-    endless = Planner(shards, data, recipe.seed, sizer, weights)
-    if recipe.steps:
-        return endless
-    longest = endless.longest_lasting()
-    passes = {longest: max(1, round(recipe.epochs * samples[longest]))}
-    return Planner(shards, data, recipe.seed, sizer, weights, passes)
+        return Planner(shards, data, seed, sizer, weights, samples), NO_FILE
+    caps = {
+        name: max(1, round(sources[name].max_epochs * samples[name])) for name in shards if sources[name].max_epochs
+    }
+    passes: dict[str, int] = {}
+    if not recipe.steps:
+        longest = Planner(shards, data, seed, sizer, weights).longest_lasting()
+        passes = {longest: max(1, round(recipe.epochs * samples[longest]))}
+    quarantine = read_quarantine(data.quarantine, shards)
+    return Planner(shards, data, seed, sizer, weights, passes, caps, quarantine.samples), quarantine.hash
+
+
+def _refuse_pipes(shards: Mapping[str, Sequence[Shard]]) -> None:
+    """ConfigError if an index names a shell command: indexes may come from elsewhere."""
+    for name, of_source in shards.items():
+        for shard in of_source:
+            if shard.path.startswith("pipe:"):
+                raise ConfigError(
+                    f"data.sources.{name}: index {shard.index} would run {shard.path!r}; set data.allow_pipes=true if "
+                    "you trust these indexes"
+                )

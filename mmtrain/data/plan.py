@@ -8,12 +8,12 @@ within a source, until about a quarter is free; then the subset of the next docu
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from functools import cached_property
 from typing import Any, NamedTuple
 
 from mmtrain.config.errors import ConfigError, DataError
-from mmtrain.config.schema import Data
+from mmtrain.config.schema import CURSOR_BYTES, Data
 from mmtrain.data.columns import Index
 from mmtrain.data.fill import Filler
 from mmtrain.data.index import Shard, read_index
@@ -21,10 +21,9 @@ from mmtrain.data.ordering import Planned, Sizer, SourceOrder
 from mmtrain.data.window import Skipped, Stream
 
 CURSOR_VERSION = 1
-CURSOR_BYTES = 64 * 1024
-"""A cursor is shorter than this as JSON."""
-WAITING_BYTES = 18
-"""Most characters of a waiting document in it: three small differences (the first of a source is larger)."""
+
+QUARANTINED = "in quarantine"
+"""Why a sample that data.quarantine names is not read."""
 
 
 class Plan(NamedTuple):
@@ -47,18 +46,22 @@ class Planner:
         sizer: Sizer,
         weights: Mapping[str, float],
         passes: Mapping[str, int] | None = None,
+        caps: Mapping[str, int] | None = None,
+        quarantine: Container[tuple[str, int]] = (),
         read: Callable[[str], Index] = read_index,
     ) -> None:
         """Plan `weights` (source -> share, in the recipe's order) over `shards` (source -> its shards).
 
         `passes` ends the plan when the sources it names have given that many documents; empty packs follow. Without it
-        the plan never ends. `read` gives an index by its path. ConfigError if a pack cannot hold an image, or the
-        window is too small or too large.
+        the plan ends only when all sources have given what `caps` (source -> documents) allows. `quarantine` holds
+        samples, as path of the index and row, whose places stay padding. `read` gives an index by its path. ConfigError
+        if a pack cannot hold an image, or the window is too small or too large.
         """
+        names = [name for name, weight in weights.items() if weight > 0]
         self._data, self._sizer, self._seed = data, sizer, seed
         self._packs = 0
         self._skip_packs = frozenset(data.skip_packs)
-        names = [name for name, weight in weights.items() if weight > 0]
+        self._quarantine, self._ending = quarantine, frozenset(passes or names)
         total = sum(weights[name] for name in names)
         self._check(names, sizer, data)
         # Bound on the wait: see Filler.take_overdue. A quarter of it is window, the rest is freedom to choose.
@@ -70,8 +73,8 @@ class Planner:
             if name in names:
                 order = SourceOrder(name, number, shards[name], sizer, seed, data.open_shards, read)
                 share = weights[name] / total
-                limit = (passes or {}).get(name)
-                self._streams.append(Stream(order, share, data, sizer, volume, limit))
+                limits = [limit[name] for limit in (passes or {}, caps or {}) if name in limit]
+                self._streams.append(Stream(order, share, data, sizer, volume, min(limits, default=None)))
 
     @staticmethod
     def _check(names: Sequence[str], sizer: Sizer, data: Data) -> None:
@@ -85,13 +88,12 @@ class Planner:
                 f"{data.sequence_length} tokens and {data.max_images} images; raise data.sequence_length to at least "
                 f"{panels * sizer.image_tokens} and data.max_images to at least {panels}"
             )
-        least = 4 * len(names) + 6
+        least, most = data.least_wait(len(names)), data.most_window(len(names))
         if data.max_wait < least:
             raise ConfigError(
                 f"data.max_wait is {data.max_wait}, but {len(names)} sources need at least {least} packs to keep their "
                 f"mixture; set data.max_wait={least} or more"
             )
-        most = (CURSOR_BYTES - 4096 - 256 * len(names)) // (WAITING_BYTES * len(names))
         if not 1 <= data.window <= most:
             raise ConfigError(
                 f"data.window is {data.window}, but with {len(names)} sources it must lie in 1 ... {most}, so that the "
@@ -119,10 +121,14 @@ class Planner:
         return {stream.order.name: stream.served for stream in self._streams}
 
     @property
+    def epochs(self) -> dict[str, float]:
+        """Source -> passes over it that have been drawn so far."""
+        return {stream.order.name: stream.drawn / stream.order.samples for stream in self._streams}
+
+    @property
     def finished(self) -> bool:
         """Whether only empty packs can follow."""
-        limited = [stream for stream in self._streams if stream.limit is not None]
-        return bool(limited) and all(stream.ended() for stream in limited)
+        return all(stream.ended() for stream in self._streams if stream.order.name in self._ending)
 
     def next_step(self) -> Plan:
         """The packs of the next global step."""
@@ -130,10 +136,17 @@ class Planner:
         packs = []
         for number in range(self._packs, self._packs + self._data.global_batch):
             pack = self._next_pack()
+            if self._quarantine:
+                pack = [self._held_back(planned) for planned in pack]
             if number in self._skip_packs:
                 pack = [planned._replace(withheld=f"pack {number} is in data.skip_packs") for planned in pack]
             packs.append(pack)
         return Plan(packs, self._skipped)
+
+    def _held_back(self, planned: Planned) -> Planned:
+        """The document, marked if it is in quarantine."""
+        bad = (planned.index, planned.row) in self._quarantine
+        return planned._replace(withheld=QUARANTINED) if bad else planned
 
     def _next_pack(self) -> list[Planned]:
         """The next pack, empty when the plan has ended."""

@@ -3,14 +3,18 @@
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 from mmtrain.config.errors import DataError
+from mmtrain.data.cache import ShardCache, default_folder
 from mmtrain.data.collate import PackArrays, Shape, Slot, collate_pack, lay_out
 from mmtrain.data.columns import Index
 from mmtrain.data.documents import BadSample, decode_document
 from mmtrain.data.index import read_index
 from mmtrain.data.ordering import Planned
-from mmtrain.data.shards import read_members
+from mmtrain.data.record import IndexEntry
+from mmtrain.data.shards import is_remote, read_members
 from mmtrain.data.tokenizer import Tokenizer
 
 MAX_SAMPLE_BYTES = 1 << 30
@@ -33,6 +37,10 @@ class ReaderSpec:
     """Sizes of packs and images."""
     sources: tuple[str, ...]
     """Names of the sources, by number."""
+    cache: str = ""
+    """Folder for copies of remote shards; empty for the default."""
+    cache_bytes: int = 0
+    """Bytes that they take at most."""
 
 
 @dataclass(frozen=True)
@@ -41,8 +49,8 @@ class ReadPack:
 
     arrays: PackArrays
     """What the model reads."""
-    ledger: list[dict[str, str]]
-    """Samples that could not be used: source, shard, key, reason."""
+    ledger: list[dict[str, Any]]
+    """Samples that were not used: source, shard, key, reason, and the tokens that stay padding in their place."""
 
 
 class Reader:
@@ -53,6 +61,7 @@ class Reader:
         self._spec = spec
         self._tokenizer = tokenizer or Tokenizer(spec.tokenizer, spec.chat_template)
         self._indexes: OrderedDict[str, Index] = OrderedDict()
+        self._cache = ShardCache(Path(spec.cache) if spec.cache else default_folder(), spec.cache_bytes)
 
     def read(self, pack: Sequence[Planned]) -> ReadPack:
         """Decode a pack; DataError if the index is wrong.
@@ -69,12 +78,13 @@ class Reader:
                     raise BadSample(planned.withheld)
                 if entry.size > MAX_SAMPLE_BYTES:
                     raise BadSample(f"{entry.size} bytes, more than the {MAX_SAMPLE_BYTES} that are read")
-                members = read_members(index.path, entry)
+                members = self._members(index, entry)
                 document = decode_document(entry, members, self._tokenizer, index.path)
                 laid = lay_out(document, planned.cut, self._spec.shape, self._tokenizer.image_id)
             except BadSample as error:
                 source = self._spec.sources[planned.source]
-                ledger.append({"source": source, "shard": index.path, "key": entry.key, "reason": str(error)})
+                where = {"source": source, "shard": index.path, "key": entry.key}
+                ledger.append({**where, "reason": str(error), "tokens": planned.tokens})
             if laid is not None and len(laid.tokens) != planned.tokens:
                 raise DataError(
                     f"shard {index.path}, sample {entry.key}: {len(laid.tokens)} tokens with its images, "
@@ -94,3 +104,15 @@ class Reader:
             if len(self._indexes) > OPEN_INDEXES:
                 self._indexes.popitem(last=False)
         return self._indexes[path]
+
+    def _members(self, index: Index, entry: IndexEntry) -> dict[str, bytes]:
+        """Files of a sample, from its tar or from the copy of a remote one."""
+        if not is_remote(index.path):
+            return read_members(index.path, entry)
+        while True:
+            copy = self._cache.local(index.path, index.header.shard_bytes)
+            try:
+                return read_members(copy, entry)
+            except DataError:
+                if copy.exists():
+                    raise  # else another process needed its room; fetch it again

@@ -199,7 +199,7 @@ class Step:
     """State of the plan after this step, as JSON; the same on every rank."""
     served: dict[str, int]
     """Source -> tokens planned so far over all ranks, image tokens included."""
-    ledger: list[dict[str, str]] = field(default_factory=list)
-    """Samples of this step that could not be used: source, shard, key, reason."""
+    ledger: list[dict[str, Any]] = field(default_factory=list)
+    """Samples of this step that were not used: source, shard, key, reason, and the tokens that are padding for them."""
     pack_keys: list[list[str]] = field(default_factory=list)
     """Sample keys of every pack of this rank, in order."""

@@ -14,6 +14,10 @@ BLOCK = 512
 """Bytes of a tar block: headers and contents start on multiples of it."""
 
 
+GARBLED = (ValueError, OverflowError, MemoryError, RecursionError, OSError)
+"""What tarfile raises on garbled headers, besides its own errors."""
+
+
 def is_remote(shard: str) -> bool:
     """Whether a shard is named by an address (http, s3, ..., or `pipe:` and a command) instead of a path."""
     return shard.startswith("pipe:") or "://" in shard
@@ -86,15 +90,26 @@ def scan(path: Path) -> Scan:
     try:
         with tarfile.open(path, "r:") as tar:
             try:
+                last = -1
                 for info in tar:
+                    if info.size < 0 or info.offset <= last:  # would send the reader back for ever
+                        damage = f"a member of {info.size} bytes at byte {info.offset}, what follows it is lost"
+                        break
+                    last = info.offset
                     if info.isdir():
                         continue
                     _refuse_unsafe(path, info)
                     _append(samples, info)
             except tarfile.ReadError:
                 damage = f"the tar ends early, at byte {size}"
+            except DataError:
+                raise
+            except GARBLED as error:
+                damage = f"garbled header ({error}), what follows it is lost"
             end = tar.offset
-    except tarfile.ReadError as error:
+    except DataError:
+        raise
+    except (tarfile.ReadError, *GARBLED) as error:
         raise DataError(
             f"shard {path}: not a readable tar ({error}); unpack compressed tars first, fetch a broken one again"
         ) from None
@@ -155,6 +170,8 @@ def _refuse_unsafe(path: Path, info: tarfile.TarInfo) -> None:
         why = "'..' in its path"
     elif info.issym() or info.islnk():
         why = f"a link (to {info.linkname!r})"
+    elif info.issparse():
+        why = "a sparse file"
     elif not info.isreg():
         why = "a device or another special file"
     else:

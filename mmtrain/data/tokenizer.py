@@ -139,9 +139,12 @@ def _config(path: Path) -> dict[str, Any]:
     if not file.is_file():
         return {}
     try:
-        return json.loads(file.read_text("utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        fields = json.loads(file.read_text("utf-8"))
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{file}: not valid JSON ({error}); get the file anew") from None
+    if not isinstance(fields, dict):
+        raise DataError(f"{file}: a JSON {type(fields).__name__}, not an object; get the file anew")
+    return fields
 
 
 def _chat_template(path: Path) -> str:
@@ -155,6 +158,8 @@ def _end_token(fast: FastTokenizer, path: Path) -> str:
     config = path.parent / CONFIG
     declared = _config(path).get("eos_token")
     declared = declared.get("content") if isinstance(declared, dict) else declared
+    if declared is not None and not isinstance(declared, str):
+        raise DataError(f"{config}: eos_token is {declared!r}, not text; correct it, or get the file anew")
     names = [declared] if declared else list(KNOWN_ENDS)
     for name in names:
         if fast.token_to_id(name) is not None:

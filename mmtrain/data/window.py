@@ -55,6 +55,11 @@ class Stream:
         """Tokens that all sources together have had when this one has had what it has: its clock in the mixture."""
         return self.served / self.share
 
+    @property
+    def drawn(self) -> int:
+        """Documents drawn so far, unusable ones included."""
+        return self._next
+
     def ended(self) -> bool:
         """Whether a limited source has given all that it had to."""
         return self.limit is not None and self._next >= self.limit and not self.waiting

@@ -33,6 +33,8 @@ class Report:
     """Samples in the ledger, by source."""
     final_losses: Mapping[str, float]
     """Loss by source, and `all`, of the last logged step."""
+    lost_tokens: Mapping[str, int] = field(default_factory=dict)
+    """Positions that stayed padding for skipped samples, by source. Nothing else is lost: long documents go on."""
     skipped_steps: int = 0
     """Steps left out because their numbers were not finite, or spikes."""
     rollbacks: int = 0

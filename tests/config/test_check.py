@@ -28,6 +28,12 @@ ONE_RANK = [
     ({"model__vision__num_layers": 0}, "model.vision.num_layers=0 must be at least 1"),
     ({"model__vision__image_size": (0, 8)}, "model.vision.image_size=[0, 8]: every number must be at least 1"),
     ({"guard__skip_steps": [3, 0]}, "guard.skip_steps=[3, 0]: every number must be at least 1"),
+    ({"data__max_wait": 9}, "data.max_wait=9: 1 sources need at least 10 packs to keep their mixture"),
+    (
+        {"data__window": 5000},
+        "data.window=5000: with 1 sources at most 3399 documents, so that the state of the stream stays below 64 KiB",
+    ),
+    ({"data__cache_gib": 0.0}, "data.cache_gib=0.0 must be above 0"),
     ({"data__skip_packs": [0, -1]}, "data.skip_packs=[0, -1]: every number must be at least 0"),
     ({"data__sources": {"a": Source("x", -1.0)}}, "data.sources.a.weight=-1.0 must not be negative; 0 is the least"),
     ({"mup__base": {"decoder": {"hidden_size": 0}}}, "mup.base.decoder.hidden_size=0 must be above 0"),

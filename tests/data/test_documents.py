@@ -7,6 +7,7 @@ import pytest
 from mmtrain.config.errors import DataError
 from mmtrain.config.tokens import TokenKind
 from mmtrain.data.documents import (
+    MAX_JSON_BYTES,
     BadSample,
     Content,
     content_defect,
@@ -146,3 +147,24 @@ def test_encoding_together_equals_encoding_apart() -> None:
 def test_a_good_document_has_no_defect() -> None:
     assert content_defect(Content("text", texts=("a",), images=(None,))) == ""
     assert content_defect(Content("text")) == "neither texts nor images"
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("[" * 100_000, "broken JSON: maximum recursion depth exceeded"),
+        ('{"kind": ' + "9" * 10_000 + "}", "broken JSON: Exceeds the limit"),
+        (" " * (MAX_JSON_BYTES + 1), f"JSON of {MAX_JSON_BYTES + 1} bytes, more than the {MAX_JSON_BYTES} that are"),
+        ('{"kind": "text", "texts": ["a \\ud800"], "images": [null]}', r"text holds half of a character \(\\ud800\)"),
+        ('{"kind": "text", "texts": [null], "images": [["x"]]}', r"images holds \"\['x'\]\", not text"),
+        (
+            '{"kind": "conversation", "turns": [{"role": "user", "text": "<image>"}, '
+            '{"role": "assistant", "text": "x"}], "images": [null]}',
+            "images holds 'None', not text",
+        ),
+        ('{"kind": "conversation", "turns": [{"role": [], "text": "x"}], "images": []}', r"turn 0 is from '\[\]', exp"),
+    ],
+)
+def test_hostile_json_is_a_bad_sample(text: str, reason: str) -> None:
+    with pytest.raises(BadSample, match=reason):
+        content_of({"json": text.encode()})

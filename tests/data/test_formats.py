@@ -84,7 +84,7 @@ def test_an_image_is_named_by_what_it_is(tmp_path: Path) -> None:
         ("interleaved", {"texts": ["a"], "images": ["a.png"]}, r"texts\[0\] and images\[0\] are both given"),
         ("interleaved", {"texts": ["a", "\n"], "images": [None, None]}, r"empty texts\[1\]"),
         ("interleaved", {"texts": ["a", 5], "images": [None, None]}, r"texts\[1\] is 5, not text"),
-        ("interleaved", {"texts": [None], "images": [7]}, "image 7 does not exist"),
+        ("interleaved", {"texts": [None], "images": [7]}, "images holds '7', not text"),
         ("interleaved", {"texts": [], "images": []}, "neither texts nor images"),
         (
             "instruct",

@@ -175,6 +175,21 @@ def test_an_epoch_reads_every_sample_once_and_all_ranks_do_as_many_steps(folder:
                 check_batch(batch, made)
 
 
+def test_steps_that_the_capped_sources_cannot_fill_are_an_error(folder: Path) -> None:
+    sources = {"captions": Source(str(folder / "captions"), 1.0, max_epochs=1.5)}
+    made = make(folder, {"steps": 40}, sources=sources)
+    keys: Counter = Counter()
+    with (
+        pytest.raises(
+            DataError, match=r"has given its max_epochs after \d+ of steps=40; lower steps, or raise data.so"
+        ),
+        Loader(made, tokenizer(), 0, 1) as loader,
+    ):
+        for step in loader:
+            keys.update(key for pack in step.pack_keys for key in pack)
+    assert sum(keys.values()) == 1.5 * CAPTIONS and set(keys.values()) == {1, 2}
+
+
 def test_a_finite_run_pads_with_empty_packs(folder: Path) -> None:
     made = make(folder, workers=1)
     held_out = {"captions": made.data.sources["captions"]}

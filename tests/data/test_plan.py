@@ -8,11 +8,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mmtrain.config.errors import ConfigError, DataError
-from mmtrain.config.schema import Data
+from mmtrain.config.schema import CURSOR_BYTES, Data
 from mmtrain.config.seed import derive
 from mmtrain.data.image import Canvas
 from mmtrain.data.ordering import Planned, Sizer, SourceOrder, permutation
-from mmtrain.data.plan import CURSOR_BYTES, Planner
+from mmtrain.data.plan import Planner
 from tests.data.plans import IMAGE, IMAGE_TOKENS, SIZER, entry_of, names, read, source, text
 
 DATA = Data(tokenizer="", sequence_length=40, max_images=4, global_batch=2, window=20, max_wait=40, open_shards=2)
@@ -32,7 +32,7 @@ def planner(documents, weights, data=DATA, seed=0, passes=1):
     """A plan over lists of documents; `passes` epochs of each, None for ever."""
     shards = {f"s{n}": source(f"s{n}", rows) for n, rows in enumerate(documents)}
     limits = {name: passes * len(documents[n]) for n, name in enumerate(shards)} if passes else None
-    return Planner(shards, data, seed, SIZER, dict(zip(shards, weights, strict=False)), limits, read)
+    return Planner(shards, data, seed, SIZER, dict(zip(shards, weights, strict=False)), limits, read=read)
 
 
 def all_packs(plan: Planner) -> list[list[Planned]]:
@@ -195,10 +195,26 @@ def test_the_cursor_stays_small_with_many_lanes_and_long_runs() -> None:
     assert len(json.dumps(plan.cursor(), indent=2)) < CURSOR_BYTES
 
 
+def test_a_capped_source_ends_and_leaves_its_place_to_the_others() -> None:
+    documents = [SHORT, PLAIN]
+    shards = {f"s{n}": source(f"s{n}", rows) for n, rows in enumerate(documents)}
+    weights = {"s0": 0.5, "s1": 0.5}
+    plan = Planner(shards, DATA, 0, SIZER, weights, None, {"s0": 2 * len(SHORT) + 5}, read=read)
+    seen: Counter = Counter()
+    for _ in range(200):
+        seen.update(entry_of(planned).key for pack in plan.next_step().packs for planned in pack)
+    assert not plan.finished
+    assert Counter(seen[f"s0-{n}"] for n in range(len(SHORT))) == Counter({2: len(SHORT) - 5, 3: 5})
+    assert min(seen[f"s1-{n}"] for n in range(len(PLAIN))) > 5
+    both = Planner(shards, DATA, 0, SIZER, weights, None, {"s0": 7, "s1": 9}, read=read)
+    packs = all_packs(both)
+    assert sum(len(pack) for pack in packs) == 16 and both.next_step().packs == [[], []]
+
+
 def test_the_last_source_to_end_counts_for_epochs() -> None:
     shards = {"few": source("few", PLAIN[:5]), "many": source("many", PLAIN)}
-    assert Planner(shards, DATA, 0, SIZER, {"few": 1.0, "many": 1.0}, None, read).longest_lasting() == "many"
-    assert Planner(shards, DATA, 0, SIZER, {"few": 0.01, "many": 1.0}, None, read).longest_lasting() == "few"
+    assert Planner(shards, DATA, 0, SIZER, {"few": 1.0, "many": 1.0}, read=read).longest_lasting() == "many"
+    assert Planner(shards, DATA, 0, SIZER, {"few": 0.01, "many": 1.0}, read=read).longest_lasting() == "few"
 
 
 def test_sub_images_count_in_both_budgets() -> None:
@@ -219,14 +235,14 @@ def test_sub_images_count_in_both_budgets() -> None:
 )
 def test_impossible_plans_are_refused_with_the_numbers(change, sizer, words) -> None:
     with pytest.raises(ConfigError) as caught:
-        Planner({"s": source("s", PLAIN)}, replace(DATA, **change), 0, sizer, {"s": 1.0}, None, read)
+        Planner({"s": source("s", PLAIN)}, replace(DATA, **change), 0, sizer, {"s": 1.0}, read=read)
     for word in words:
         assert word in str(caught.value)
 
 
 def test_no_source_with_a_weight_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"no source has a weight above 0"):
-        Planner({}, DATA, 0, SIZER, {"s": 0.0}, None, read)
+        Planner({}, DATA, 0, SIZER, {"s": 0.0}, read=read)
 
 
 def test_a_cursor_of_another_plan_is_refused() -> None:

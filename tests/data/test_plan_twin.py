@@ -132,7 +132,7 @@ def twin(sources: list[Iterator[Piece]], shares: Sequence[float], data: Data, co
 def test_the_plan_equals_its_slow_twin(documents: list, weights: list[float], changes: dict) -> None:
     data = replace(DATA, **changes)
     shards = {f"s{n}": source(f"s{n}", rows) for n, rows in enumerate(documents)}
-    plan = Planner(shards, data, 0, SIZER, dict(zip(shards, weights, strict=False)), None, read)
+    plan = Planner(shards, data, 0, SIZER, dict(zip(shards, weights, strict=False)), read=read)
     total = sum(weights[: len(shards)])
     shares = [weight / total for weight in weights[: len(shards)]]
     made = [pieces(name, n, rows, data) for n, (name, rows) in enumerate(zip(shards, documents, strict=True))]

@@ -64,6 +64,7 @@ def test_same_samples_same_bytes(tmp_path: Path) -> None:
         ("x.json", tarfile.SYMTYPE, "a link \\(to '/etc/passwd'\\)"),
         ("x.json", tarfile.LNKTYPE, "a link"),
         ("x.json", tarfile.CHRTYPE, "a device or another special file"),
+        ("x.json", tarfile.GNUTYPE_SPARSE, "a sparse file"),
         ("x.json", tarfile.FIFOTYPE, "a device or another special file"),
     ],
 )

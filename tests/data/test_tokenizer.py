@@ -1,4 +1,5 @@
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -85,6 +86,21 @@ def test_the_chat_template_can_come_from_the_file_beside_the_tokenizer(tmp_path:
     config.write_text("{")
     with pytest.raises(DataError, match=r"tokenizer_config.json: not valid JSON \(.*\); get the file anew"):
         Tokenizer(folder)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("{", r"tokenizer_config.json: not valid JSON \(.*\); get the file anew"),
+        ("[1]", r"tokenizer_config.json: a JSON list, not an object; get"),
+        ('{"eos_token": 3}', "tokenizer_config.json: eos_token is 3, not text; correct it, or get the file anew"),
+    ],
+)
+def test_a_broken_tokenizer_config(tmp_path: Path, text: str, words: str) -> None:
+    shutil.copy(tokenizer().path, tmp_path / "tokenizer.json")
+    (tmp_path / "tokenizer_config.json").write_text(text)
+    with pytest.raises(DataError, match=words):
+        Tokenizer(tmp_path)
 
 
 def test_clear_errors(tmp_path: Path) -> None:

@@ -171,6 +171,16 @@ def test_tokenizer_is_trained_on_the_way_or_by_its_own_tool(tmp_path: Path, caps
     assert "own.json: exists already; shards may depend on it, so choose another name" in capsys.readouterr().err
 
 
+def test_a_tokenizer_trained_for_bad_input_does_not_stay(tmp_path: Path) -> None:
+    source, new = bad_captions(tmp_path / "raw"), tmp_path / "new.json"
+    options = ["--out", str(tmp_path / "out"), "--train-tokenizer", "300", "--tokenizer", str(new)]
+    assert main(["captions", str(source), *options]) == 2
+    assert not new.exists()
+    assert main(["captions", str(source), *options, "--skip-bad"]) == 0
+    assert new.exists() and main(["captions", str(source), *options]) == 2
+    assert new.exists(), "an older tokenizer was removed"
+
+
 def test_options_that_do_not_go_together(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     fixed = ["--tokenizer", str(tokenizer().path)]
     assert main(["wds", str(tmp_path), "--out", str(tmp_path / "x"), *fixed]) == 2

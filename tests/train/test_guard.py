@@ -60,6 +60,8 @@ def test_a_corrupt_image_weighs_nothing(make: Make, shards: Path, tmp_path: Path
     assert "sample left out" in ended.log and len(curve(recipe)) == 3
     report = json.loads((tmp_path / "run" / "report.json").read_text())
     assert report["skipped_samples"] == {"captions": len(lines)}
+    assert report["lost_tokens"] == {"captions": sum(line["tokens"] for line in lines)}
+    assert all(line["tokens"] > entry.tokens for line in lines)  # its image's places as well
 
 
 def test_a_run_that_diverges_stops_with_the_samples_of_the_step(make: Make, tmp_path: Path) -> None:

@@ -1,0 +1,161 @@
+"""Copies of remote shards on this node: fetched once, shared by its processes, bounded in size.
+
+A folder of NAME.tar (whole copies), NAME.tar.partial (being fetched) and NAME.lock. Only who holds NAME.lock writes
+NAME, and a copy appears by a rename, so two processes that want one shard fetch it once, and what a killed process
+leaves is no copy. Locks end with their process. Where room is short, the copy that was used longest ago goes.
+"""
+
+import errno
+import fcntl
+import hashlib
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+from mmtrain.config.errors import DataError
+
+TRIES = 3
+"""Times that a shard is asked for, one and then four seconds apart."""
+
+CHUNK = 1 << 20
+
+
+def default_folder() -> Path:
+    """Where copies lie unless the recipe says otherwise: one folder of this user in the temporary folder."""
+    return Path(tempfile.gettempdir()) / f"mmtrain-shards-{os.getuid()}"
+
+
+class ShardCache:
+    """Local copies of remote shards."""
+
+    def __init__(self, folder: Path, limit: int) -> None:
+        """Keep at most `limit` bytes in `folder`, which is made when the first shard is fetched."""
+        self._folder, self._limit = folder, limit
+
+    def local(self, address: str, size: int | None = None) -> Path:
+        """Path of a whole copy of the shard at `address`, which has `size` bytes (None: as many as come).
+
+        The copy may be removed by another process as soon as it is not the latest any more: open it at once, and ask
+        again if it is gone. DataError if it cannot be fetched, has another size, or does not fit.
+        """
+        copy = self._folder / f"{hashlib.sha256(address.encode('utf-8', 'surrogateescape')).hexdigest()[:32]}.tar"
+        if not self._used(copy, size):
+            if size is not None and size > self._limit:
+                raise DataError(
+                    f"shard {address}: {size} bytes, more than the whole cache of {self._limit}; raise data.cache_gib"
+                )
+            self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            with _locked(copy.with_suffix(".lock")):
+                if not self._used(copy, size):  # somebody else may have fetched it meanwhile
+                    self._fetch(address, copy, size)
+        return copy
+
+    @staticmethod
+    def _used(copy: Path, size: int | None) -> bool:
+        """Whether there is a copy; marks it as used just now."""
+        try:
+            now = time.time_ns()  # the file system's own clock ticks too slowly to tell two uses apart
+            os.utime(copy, ns=(now, now))
+            return size is None or copy.stat().st_size == size
+        except FileNotFoundError:
+            return False
+
+    def _fetch(self, address: str, copy: Path, size: int | None) -> None:
+        """Make a copy, or say why there is none."""
+        partial = copy.with_suffix(".tar.partial")
+        try:
+            for number in range(TRIES):
+                self._make_room(size or 0, copy)
+                try:
+                    found = _download(address, partial)
+                    break
+                except OSError as error:
+                    if error.errno == errno.ENOSPC and not self._make_room(self._limit, copy):
+                        raise DataError(
+                            f"shard {address}: no space left for its copy in {self._folder}; free some, lower "
+                            "data.cache_gib, or set data.cache to a folder on another disk"
+                        ) from None
+                    if number == TRIES - 1:
+                        raise DataError(
+                            f"shard {address}: cannot be fetched ({error}), tried {TRIES} times; check the address "
+                            "and the way to it"
+                        ) from None
+                    time.sleep(4**number)
+            if size is not None and found != size:
+                raise DataError(
+                    f"shard {address}: {found} bytes came, but {size} when indexed; it changed, index it again with "
+                    "`python -m tools.index_shards`"
+                )
+            partial.replace(copy)
+            self._used(copy, size)
+            self._make_room(0, copy)
+        finally:
+            partial.unlink(missing_ok=True)
+
+    def _make_room(self, size: int, wanted: Path) -> int:
+        """Remove the copies used longest ago until `size` more bytes fit; returns how many went. `wanted` stays."""
+        with _locked(self._folder / "room.lock"):
+            files = []
+            for path in [*self._folder.glob("*.tar"), *self._folder.glob("*.tar.partial")]:
+                try:
+                    stat = path.stat()
+                except FileNotFoundError:
+                    continue
+                files.append((stat.st_mtime_ns, stat.st_size, path))
+            total, removed = size + sum(length for _, length, _ in files), 0
+            for _, length, path in sorted(files):
+                if total <= self._limit:
+                    break
+                if path.name.split(".")[0] == wanted.stem or (path.suffix == ".partial" and _is_locked(path)):
+                    continue
+                path.unlink(missing_ok=True)
+                total -= length
+                removed += 1
+        return removed
+
+
+def _download(address: str, path: Path) -> int:
+    """Write what lies at `address` to `path`; returns its bytes. OSError if it breaks off."""
+    with _open(address) as source, path.open("wb") as target:
+        shutil.copyfileobj(source, target, CHUNK)
+        target.flush()
+        return target.tell()
+
+
+def _open(address: str) -> BinaryIO:
+    """A stream of what lies at `address`, by webdataset where it knows the scheme, else by fsspec (s3, ...)."""
+    # webdataset.gopen, the function, hides the module of that name.
+    from webdataset.gopen import gopen, gopen_schemes
+
+    scheme = address.partition(":")[0]
+    if scheme in gopen_schemes or scheme == "file":
+        return gopen(address)
+    import fsspec
+
+    try:
+        return fsspec.open(address, "rb").open()
+    except (ImportError, ValueError) as error:
+        raise DataError(f"shard {address}: {error}; install what fsspec needs for it") from None
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Hold the lock file `path`; it goes with the process if not before."""
+    with path.open("ab") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _is_locked(partial: Path) -> bool:
+    """Whether somebody is writing this copy."""
+    with partial.with_suffix("").with_suffix(".lock").open("ab") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
