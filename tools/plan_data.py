@@ -1,0 +1,181 @@
+"""Show what a recipe will read, from metadata alone: first packs, mixture, padding, epochs, balance of ranks.
+
+python -m tools.plan_data RECIPE.yaml [key=value ...] [--packs 2000] [--ranks 8] [--show 5] [--json FILE]
+
+No tar is opened. `wait` counts packs between a document's drawing and its pack. `balance` is the mean over steps of
+(mean cost of a rank / highest cost of a rank), cost being model FLOPs of the rank's packs: 1 is perfect.
+"""
+
+import argparse
+import json
+import sys
+import time
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rich.console import Console
+from rich.table import Table
+
+from mmtrain.config.errors import ConfigError, UserError
+from mmtrain.config.load import load
+from mmtrain.config.schema import Model, Recipe
+from mmtrain.data.loader import make_planner
+from mmtrain.data.ordering import Planned
+from mmtrain.data.plan import Planner
+from mmtrain.data.tokenizer import Tokenizer
+from mmtrain.model.build import training_flops
+
+
+def measure(recipe: Recipe, planner: Planner, packs: int, ranks: int) -> dict[str, Any]:
+    """Plan at least `packs` packs (whole steps) and measure them. Shares and padding are fractions of 1."""
+    data = recipe.data
+    tokens = images = documents = cuts = empty = most_images = longest = 0
+    balances: list[float] = []
+    cost = Cost.of(recipe.model)
+    skipped: Counter[str] = Counter()
+    names = list(data.sources)
+    began = time.process_time()
+    seconds = 0.0
+    made = 0
+    while made < packs and not planner.finished:
+        step = planner.next_step()
+        seconds += time.process_time() - began
+        skipped.update(names[sample.source] for sample in step.skipped)
+        costs = [0.0] * ranks
+        for number, pack in enumerate(step.packs):
+            panels = sum(planned.panels for planned in pack)
+            tokens += sum(planned.tokens for planned in pack)
+            images, most_images = images + panels, max(most_images, panels)
+            documents += len(pack)
+            cuts += sum(planned.cut is not None for planned in pack)
+            empty += not pack
+            costs[number % data.num_lanes() % ranks] += cost.pack(pack)
+        if any(costs):
+            balances.append(sum(costs) / ranks / max(costs))
+        longest = max(longest, planner.longest_wait)
+        made += len(step.packs)
+        began = time.process_time()
+    filled = max(made - empty, 1)
+    served = planner.served
+    return {
+        "packs": made,
+        "documents": documents,
+        "cut": cuts,
+        "unusable": dict(skipped),
+        "tokens": tokens,
+        "padding": 1 - tokens / (filled * data.sequence_length),
+        "images_per_pack": images / filled,
+        "most_images": most_images,
+        "longest_wait": longest,
+        "mixture": {name: count / max(sum(served.values()), 1) for name, count in served.items()},
+        "epochs": planner.epochs,
+        "balance": sum(balances) / max(len(balances), 1),
+        "documents_per_second": documents / max(seconds, 1e-9),
+    }
+
+
+class Cost(NamedTuple):
+    """Model FLOPs of forward and backward, by what they are proportional to."""
+
+    token: float
+    """Of a position, besides attention."""
+    image: float
+    """Of an image in the towers."""
+    pair: float
+    """Of a position that attends to another."""
+
+    @classmethod
+    def of(cls, model: Model) -> "Cost":
+        """The costs of a model."""
+        token = training_flops(model, 1, 0, 1, 0)
+        return cls(token, training_flops(model, 0, 1, 0, 0), training_flops(model, 1, 0, 1, 1) - token)
+
+    def pack(self, pack: Sequence[Planned]) -> float:
+        """Of a pack whose documents do not see each other."""
+        return sum(
+            self.token * planned.tokens
+            + self.image * planned.panels
+            + self.pair * planned.tokens * (planned.tokens + 1) / 2
+            for planned in pack
+        )
+
+
+def first_packs(recipe: Recipe, planner: Planner, count: int) -> Table:
+    """The first packs of a new plan, a row each."""
+    table = Table("pack", "lane", "documents", "tokens", "free", "images", *recipe.data.sources, box=None)
+    number = 0
+    while number < count and not planner.finished:
+        for lane, pack in enumerate(planner.next_step().packs):
+            if number < count:
+                tokens = sum(planned.tokens for planned in pack)
+                by_source = Counter(planned.source for planned in pack)
+                cells = [
+                    number,
+                    lane % recipe.data.num_lanes(),
+                    len(pack),
+                    tokens,
+                    recipe.data.sequence_length - tokens,
+                ]
+                cells += [sum(planned.panels for planned in pack)]
+                table.add_row(*map(str, cells), *(str(by_source[n]) for n in range(len(recipe.data.sources))))
+            number += 1
+    return table
+
+
+def summary(recipe: Recipe, found: dict[str, Any], ranks: int) -> Table:
+    """The measurements as a table."""
+    table = Table("what", "value", box=None)
+    total = sum(source.weight for source in recipe.data.sources.values())
+    all_packs = recipe.steps * recipe.data.global_batch
+    table.add_row("packs", f"{found['packs']:,} of {found['documents']:,} documents ({found['cut']:,} are stretches)")
+    table.add_row("padding", f"{found['padding']:.3%}")
+    table.add_row("images a pack", f"{found['images_per_pack']:.2f}, at most {found['most_images']}")
+    table.add_row("longest wait", f"{found['longest_wait']} packs (data.max_wait={recipe.data.max_wait})")
+    for name, share in found["mixture"].items():
+        wanted = recipe.data.sources[name].weight / total
+        epochs = found["epochs"][name]
+        whole = f", {epochs * all_packs / found['packs']:.2f} after all {recipe.steps} steps" if recipe.steps else ""
+        table.add_row(f"tokens, {name}", f"{share:.2%}, wanted {wanted:.2%}; {epochs:.2f} epochs{whole}")
+    for name, count in found["unusable"].items():
+        table.add_row(f"unusable, {name}", f"{count:,}")
+    table.add_row(f"balance of {ranks} ranks", f"{found['balance']:.3f}")
+    table.add_row("planned", f"{found['documents_per_second']:,.0f} documents a second of processor time")
+    return table
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line; returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipe", type=Path, help="recipe file")
+    parser.add_argument("overrides", nargs="*", help="key=value")
+    parser.add_argument("--packs", type=int, default=2000, help="packs to measure (default: 2000)")
+    parser.add_argument("--ranks", type=int, default=0, help="data-parallel ranks of the balance (default: all lanes)")
+    parser.add_argument("--show", type=int, default=5, help="packs to list (default: 5)")
+    parser.add_argument("--json", type=Path, help="also write the measurements to this file")
+    args = parser.parse_args(argv)
+    console = Console()
+    console.width = max(console.width, 120)  # whole rows, in a pipe too
+    try:
+        recipe = load(args.recipe, args.overrides)
+        lanes = recipe.data.num_lanes()
+        ranks = args.ranks or lanes
+        if lanes % ranks:
+            fitting = [number for number in range(1, lanes + 1) if lanes % number == 0]
+            raise ConfigError(f"--ranks {ranks} does not divide the {lanes} lanes; numbers that fit: {fitting}")
+        tokenizer = Tokenizer(recipe.data.tokenizer, recipe.data.chat_template)
+        console.print(first_packs(recipe, make_planner(recipe, tokenizer, recipe.data.sources)[0], args.show))
+        planner = make_planner(recipe, tokenizer, recipe.data.sources)[0]
+        found = measure(recipe, planner, args.packs, ranks)
+        console.print(summary(recipe, found, ranks))
+        if args.json:
+            args.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    except UserError as error:
+        Console(stderr=True).print(f"error: {error}", style="red", soft_wrap=True, markup=False, highlight=False)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
