@@ -28,7 +28,7 @@ ONE_FILE = "mmtrain/convert/modeling_mmtrain.py"
 DOOR = {
     "omegaconf": "mmtrain/config/load.py",
     "mup": "mmtrain/mup/",
-    "webdataset": "mmtrain/data/",
+    "webdataset": ("mmtrain/data/", "tools/bench/loader.py"),  # which compares with it
     "megatron": "mmtrain/parallel/",
     "deepspeed": "mmtrain/parallel/",
     "wandb": "mmtrain/run/",
