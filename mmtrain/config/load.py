@@ -213,7 +213,7 @@ def _from_pretrained(config: DictConfig, part: str, origins: dict[str, str], pro
         problems.append(f"{prefix}.pretrained: {error}")
         return config
     free = dict(found.free)
-    if part == "connector":
+    if part == "connector" and "num_tokens" not in found.fixed:
         rows, columns = OmegaConf.to_object(config.model.vision).grid()
         free["num_tokens"] = rows * columns
     given = {f"{prefix}.{name}": (name, value) for name, value in {**found.fixed, **free}.items()}

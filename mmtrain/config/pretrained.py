@@ -19,6 +19,18 @@ CONFIG = "config.json"
 VISION_FAMILIES = ("clip_vision_model", "siglip_vision_model")
 DECODER_FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "mixtral", "qwen3_moe", "olmoe")
 WHOLE_FAMILIES = ("llava", "llava_next")
+OWN = "mmtrain"
+"""What tools.convert writes for models that no public class holds: it comes in again as it left."""
+
+_OWN_FREE = (
+    "image_size",
+    "vocab_size",
+    "moe.balance",
+    "moe.balance_scope",
+    "moe.balance_coef",
+    "moe.z_coef",
+    "moe.bias_rate",
+)
 _TOWERS = {"clip": "clip_vision_model", "siglip": "siglip_vision_model"}  # a two-tower model -> its image tower
 _ACTIVATIONS = {"quick_gelu": "quick_gelu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh"}
 
@@ -112,6 +124,8 @@ def describe(folder: Path, part: str) -> Described:
     config, where = read_config(folder), folder / CONFIG
     kind = config["model_type"]
     whole = config if kind in WHOLE_FAMILIES else None
+    if kind == OWN:
+        return _own(config, part, where)
     if part == "connector":
         return _connector(_known(kind, WHOLE_FAMILIES, part, where), config, where)
     if part == "vision":
@@ -123,11 +137,29 @@ def describe(folder: Path, part: str) -> Described:
     return _decoder(_known(inner_kind, DECODER_FAMILIES, part, where), inner, where)
 
 
+def _own(config: Json, part: str, where: Path) -> Described:
+    """A part of a model that left mmtrain with its own code."""
+    scales = {key: value for key, value in config["scales"].items() if value not in (None, 1.0)}
+    if scales:
+        raise ConfigError(
+            f"{where}: the model was trained with factors of muP ({', '.join(scales)}), which a pretrained part has "
+            "not; give its own checkpoint as init_from"
+        )
+    found: dict[str, Any] = {}
+    for key, value in config["parts"][part].items():
+        if isinstance(value, dict):
+            found |= {f"{key}.{inner}": given for inner, given in value.items()}
+        else:
+            found[key] = tuple(value) if isinstance(value, list) else value
+    free = {key: found.pop(key) for key in _OWN_FREE if key in found}
+    return Described(OWN, found, free)
+
+
 def _known(kind: str, families: tuple[str, ...], part: str, where: Path) -> str:
     """`kind`, if `part` can be read from it."""
     if kind in families:
         return kind
-    choices = (*families, *(_TOWERS if part == "vision" else ()), *(WHOLE_FAMILIES if part != "connector" else ()))
+    choices = (*families, OWN, *(_TOWERS if part == "vision" else ()), *(WHOLE_FAMILIES if part != "connector" else ()))
     raise ConfigError(
         f"{where}: model_type {kind!r} is none that model.{part} can be read from{nearest(kind, choices)}; "
         f"there are {', '.join(choices)}"

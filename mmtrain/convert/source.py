@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from mmtrain.config.errors import CheckpointError
-from mmtrain.config.pretrained import describe, read_config
+from mmtrain.config.pretrained import OWN, Described, describe, read_config
 from mmtrain.config.schema import PARTS, Decoder, Model, Vision
 from mmtrain.convert.files import TYPES, Folder
 from mmtrain.convert.names import (
@@ -49,6 +49,8 @@ class Pretrained:
     def _table(self, part: str, folder: Folder, config: Any) -> Table:
         """The part's tensors, checked by name against the files. `config` is the recipe's."""
         found = describe(folder.path, part)
+        if found.family == OWN:
+            return self._own_table(part, folder, found)
         prefix = prefix_of(part, folder.shapes)
         if prefix is None:
             raise CheckpointError(
@@ -66,6 +68,19 @@ class Pretrained:
             table = decoder_table(decoder, found.family, prefix, _head(prefix, folder))
         _compare(part, prefix, table, folder, read_config(folder.path)["model_type"])
         return table
+
+    def _own_table(self, part: str, folder: Folder, found: Described) -> Table:
+        """The part's tensors in a folder that mmtrain wrote: they have our names."""
+        if part == "vision":
+            self.vision = _with(Vision(), found.fixed | found.free)
+        names = [name for name in folder.shapes if name.startswith(f"{part}.")]
+        biases = [name for name in names if name.endswith(".router.bias")]
+        if learnt := [name for name in biases if folder.read(name).any()]:
+            raise CheckpointError(
+                f"{folder.path}: {len(learnt)} routers have learnt biases ({shortened(learnt)}), which a pretrained "
+                "part cannot bring; give the model's own checkpoint as init_from"
+            )
+        return {name: Origin((name,)) for name in names if name not in biases}
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shape of every tensor, under our names; the vocabulary is the recipe's, which may be larger."""

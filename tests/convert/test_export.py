@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, PreTrainedTokenizerFast
 
-from mmtrain.config.errors import ConfigError
+from mmtrain.config.errors import CheckpointError, ConfigError
 from mmtrain.config.schema import Connector, Mup, Recipe, RopeScaling
 from mmtrain.convert.export import export
 from mmtrain.data.chat import TEMPLATES, Turn, conversation_pieces
@@ -22,6 +22,7 @@ from mmtrain.evaluate.tasks import Evaluator
 from mmtrain.inference import open_inference
 from mmtrain.model.balance import RouterState
 from mmtrain.run.reader import open_weights
+from tests import tiny
 from tests.convert import families
 from tests.convert.cases import all_logits, convert, image_batch, import_decoder, text_batch
 from tests.convert.test_families import normalised
@@ -129,6 +130,34 @@ def test_any_model_leaves_with_its_own_code(tmp_path) -> None:
         assert (got - logits).abs().max() <= 1e-4
         assert torch.equal(ids, asked)
         assert said.strip() == answer
+
+
+def test_a_model_with_its_own_code_comes_in_again_to_the_bit(tmp_path, monkeypatch) -> None:
+    recipe = replace(varied("attention_pool"), mup=Mup())
+    run = checkpoints.save(tmp_path / "run", recipe, checkpoints.random_model(recipe), RouterState.first(recipe.model))
+    export(open_weights(run), tmp_path / "out")
+    assert convert(monkeypatch, "hf-to-mm", "--vlm", tmp_path / "out", "--out", tmp_path / "back") == 0
+    first, second = open_weights(run), open_weights(tmp_path / "back")
+    assert first.shapes() == second.shapes()
+    assert all(torch.equal(first.read(name), second.read(name)) for name in first.names())
+    export(second, tmp_path / "again")
+    assert (tmp_path / "again/model.safetensors").read_bytes() == (tmp_path / "out/model.safetensors").read_bytes()
+
+
+def test_what_a_pretrained_part_cannot_bring_is_refused(tmp_path, monkeypatch) -> None:
+    for number, (mup, strength, kind, said) in enumerate(
+        (
+            (tiny.recipe().mup, 0.0, ConfigError, r"trained with factors of muP \(attention_vision"),
+            (Mup(), 0.2, CheckpointError, r"2 routers have learnt biases \(decoder.blocks.0"),
+        )
+    ):
+        recipe = replace(varied("c_abstractor"), mup=mup)
+        state = checkpoints.routers(recipe, strength)
+        run = checkpoints.save(tmp_path / f"run{number}", recipe, checkpoints.random_model(recipe), state)
+        out = tmp_path / f"out{number}"
+        export(open_weights(run), out)
+        with pytest.raises(kind, match=said):
+            convert(monkeypatch, "hf-to-mm", "--vlm", out, "--out", tmp_path / f"back{number}")
 
 
 def test_factors_of_mup_go_into_the_weights_of_public_classes(tmp_path) -> None:
