@@ -222,7 +222,8 @@ class Watch:
         if not self._rank0:
             return
         assert self._record is not None, "the step that ends a run is always logged"
-        draw_plots(self._lines.path, self._out / "plots", self._recipe.name)
+        if self._recipe.log.plots:
+            draw_plots(self._lines.path, self._out / "plots", self._recipe.name)
         self._summed_up = self._summary(self._record, seconds, guard, memory / 2**30)
         write_report(self._summed_up, self._out)
 

@@ -226,6 +226,8 @@ class Log:
     """Weights & Biases; offline needs no account."""
     project: str = "mmtrain"
     """wandb project."""
+    plots: bool = True
+    """Whether the run's end draws its plots; a sweep's trials need none."""
 
 
 @dataclass(frozen=True)

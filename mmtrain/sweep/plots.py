@@ -1,0 +1,2 @@
+def draw(sweep, trials, folder):
+    return []
