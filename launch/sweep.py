@@ -27,9 +27,9 @@ def main() -> int:
     arguments = parser.parse_args()
     import rich
 
-    from mmtrain.sweep.report import table, write_report
     from mmtrain.sweep.spec import read_sweep
     from mmtrain.sweep.study import Study
+    from mmtrain.sweep.summary import table, write_report
 
     sweep = read_sweep(arguments.sweep)
     study = Study(sweep, create=not (arguments.watch or arguments.report))
@@ -50,7 +50,7 @@ def watch(study) -> int:
     """Show the table until no trial waits or runs."""
     from rich.live import Live
 
-    from mmtrain.sweep.report import table
+    from mmtrain.sweep.summary import table
 
     with Live(auto_refresh=False) as live:
         while True:

@@ -19,6 +19,7 @@ MAY_IMPORT = {
     "run": {"run", "config", "parallel"},
     "convert": {"convert", "config", "data", "model", "mup", "parallel.box", "run"},
     "evaluate": {"evaluate", "config", "model", "data"},
+    "sweep": {"sweep", "config", "data", "model", "run", "mup", "train"},
 }
 """Package of mmtrain -> what it may import from mmtrain, itself included. train.py may import everything."""
 
@@ -33,6 +34,7 @@ DOOR = {
     "deepspeed": "mmtrain/parallel/",
     "wandb": "mmtrain/run/",
     "transformers": (ONE_FILE, "tools/fetch_smollm2.py", "tools/compare_hf.py"),
+    "optuna": "mmtrain/sweep/study.py",
 }
 """Heavy library -> the only files or folders that import it."""
 

@@ -21,7 +21,8 @@ PERIOD = 6
 
 
 def recipe(optimizer: str = "adamw", parallel: Parallel = Parallel(), experts: int = 4) -> Recipe:  # noqa: B008
-    """Wider than BASE in every part; CuMo's router losses; clipping in every step; weight decay; multipliers not 1."""
+    """Wider than BASE in every part; CuMo's router losses; clipping in every step, by the global norm with AdamW and by
+    each part's own with SGD; weight decay; multipliers not 1."""
     moe = Moe(num_experts=experts, top_k=2, balance_coef=0.1, z_coef=0.01)
     model = Model(
         vision=Vision(
@@ -55,7 +56,7 @@ def recipe(optimizer: str = "adamw", parallel: Parallel = Parallel(), experts: i
         steps=6,
         model=model,
         data=Data(sequence_length=SEQUENCE, global_batch=GLOBAL_BATCH, tokenizer="unused"),
-        optim=adam if optimizer == "adamw" else replace(adam, name="sgd", lr=0.05),
+        optim=adam if optimizer == "adamw" else replace(adam, name="sgd", lr=0.05, clip_scope="per_part"),
         mup=Mup(base=BASE, init=0.6, embedding=8.0, attention=0.75, output=1.25, router=1.5, lr={"vision": 0.5}),
         parallel=parallel,
     )

@@ -139,7 +139,9 @@ class Optim:
     eps: float = 1e-8
     """Adam's epsilon at the base width."""
     clip: float = 1.0
-    """Global gradient norm above which gradients are scaled down; 0 never clips."""
+    """Gradient norm above which gradients are scaled down; 0 never clips."""
+    clip_scope: Literal["global", "per_part"] = "global"
+    """Whose norm that is: all gradients', or each part's own (then one part's spike leaves the others alone)."""
     lr_multipliers: dict[str, float] = field(default_factory=dict)
     """Parameter pattern (fnmatch) -> factor on its learning rate; a pattern that matches nothing is an error."""
 

@@ -8,7 +8,7 @@ m_in and m_out are the weight's own fans over those of the base model. At m_in =
 | input                                  | s               | 1      | 1, 0 when 1-D   | 1/m_out |
 | vector                                 | as declared     | 1      | 0               | 1/m_out |
 | matrix, both fans grow                 | s * m_in**-0.5  | 1/m_in | m_in            | 1/m_out |
-| matrix into a fixed width (m_out = 1)  | s / m_in        | 1/m_in | m_in            | 1       |
+| matrix into a fixed width (m_out = 1)  | s * m_in**-0.5  | 1/m_in | m_in            | 1       |
 | matrix out of a fixed width (m_in = 1) | s               | 1      | 1               | 1/m_out |
 | head (forward 1/m_in, mup.scales)      | s               | 1      | 1               | 1/m_in  |
 | router, fixed number of experts        | s / m_in        | 1/m_in | m_in            | 1       |
@@ -56,10 +56,12 @@ def rule(role: Role, base: Role, dimensions: int, mup: Mup) -> Rule:
         case "head":
             return Rule(std, 1.0, decays, 1.0 / m_in)
         case "matrix" | "router":
-            # With a fixed fan-out nothing averages over outputs: the weight is output-like and needs 1/m_in already at
-            # the start (table 3). A router whose experts grow is an ordinary hidden matrix.
-            into_fixed_width = m_out == 1.0
-            return Rule(std / m_in if into_fixed_width else std * m_in**-0.5, 1.0 / m_in, decays * m_in, 1.0 / m_out)
+            # Logits of a fixed number of experts are output-like: they need 1/m_in already at the start (table 3). A
+            # router whose experts grow is an ordinary hidden matrix. So is a projection into a fixed width, such as
+            # keys and values of a fixed number of heads, although table 3 would call it an output: with 1/m_in their
+            # attention fades with width (measured by tools.coord_check --grow heads; GQA-muP says the same).
+            output_like = role.kind == "router" and m_out == 1.0
+            return Rule(std / m_in if output_like else std * m_in**-0.5, 1.0 / m_in, decays * m_in, 1.0 / m_out)
 
 
 def _base_std(role: Role, base: Role, mup: Mup) -> float:

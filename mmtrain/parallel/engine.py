@@ -145,10 +145,7 @@ class Engine:
         if not math.isfinite(norms.grad_norm):
             self.discard()
             return Update(*norms, applied=False)
-        clip = self._optim.clip
-        if clip > 0 and norms.grad_norm + CLIP_EPS > clip:
-            for _, gradient in self._state.gradients():
-                gradient.mul_(clip / (norms.grad_norm + CLIP_EPS))
+        self._clip(norms)
         for group in self._engine.optimizer.param_groups:
             group["lr"] = group["peak"] * lr_factor
         self._engine.step()
@@ -157,6 +154,20 @@ class Engine:
         self._norms = None
         self.updates += 1
         return Update(*norms, applied=True)
+
+    def _clip(self, norms: Norms) -> None:
+        """Scale down the gradients whose norm, all together or by part, is above the limit."""
+        limit = self._optim.clip
+        if limit <= 0:
+            return
+        whole = self._optim.clip_scope == "global"
+        bounds = {part: (norms.grad_norm if whole else norm) + CLIP_EPS for part, norm in norms.part_norms.items()}
+        if max(bounds.values()) <= limit:
+            return
+        for name, gradient in self._state.gradients():
+            bound = bounds[self._part[name]]
+            if bound > limit:
+                gradient.mul_(limit / bound)
 
     def discard(self) -> None:
         """Drop the gradients accumulated so far. Parameters, moments, step count and rates stay, to the bit."""

@@ -278,3 +278,21 @@ def _plain(trial: FrozenTrial) -> Trial:
     params = trial.params or trial.system_attrs.get("fixed_params", {})
     loss = trial.value if trial.state == TrialState.COMPLETE and trial.value is not None else math.nan
     return Trial(trial.number, states[trial.state], params, loss, facts, trial.user_attrs.get("repeat_seed"))
+
+
+def importance(sweep: Sweep, trials: list[Trial]) -> dict[str, float]:
+    """Searched key -> share of the loss's variance that it explains (fANOVA), the highest first.
+
+    Nothing where too few trials ended or nothing varied.
+    """
+    done = [trial for trial in trials if trial.state == "done"]
+    distributions = {
+        key: space for key, space in _distributions(sweep).items() if len({trial.params.get(key) for trial in done}) > 1
+    }
+    if len(done) < 2 * len(distributions) + 2:
+        return {}
+    study = optuna.create_study()
+    for trial in done:
+        params = {key: trial.params[key] for key in distributions}
+        study.add_trial(optuna.trial.create_trial(params=params, distributions=distributions, value=trial.loss))
+    return optuna.importance.get_param_importances(study)

@@ -20,7 +20,7 @@ PATIENCE_SECONDS = 2.0
 
 
 def work(sweep: Sweep, study: Study, told: Callable[[], None]) -> int:
-    """Do trials until none is left; `told` is called after each. Returns the exit code: not 0 when stopped from outside.
+    """Do trials until none is left; `told` is called after each. Returns the exit code, not 0 when told to stop.
 
     UserError: a trial's recipe cannot run at all; the trial is counted out.
     """

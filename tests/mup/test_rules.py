@@ -64,7 +64,7 @@ def faulty(name: str, role: Role, base: Role, right: Rule) -> Rule:
         "hidden lr flat": (hidden, right._replace(lr=1.0)),
         "hidden lr by fan-out": (hidden, right._replace(lr=1 / m_out)),
         "hidden std flat": (hidden, right._replace(init_std=s * m_in**0.5)),
-        "hidden std like a fixed width": (hidden, right._replace(init_std=s * m_in**-0.5)),
+        "hidden std like an output": (hidden, right._replace(init_std=s * m_in**-0.5)),
         "hidden decay flat": (hidden, right._replace(weight_decay=1.0)),
         "hidden eps flat": (hidden, right._replace(eps=1.0)),
         "hidden eps by fan-in": (hidden, right._replace(eps=1 / m_in)),
@@ -84,9 +84,9 @@ def faulty(name: str, role: Role, base: Role, right: Rule) -> Rule:
             role.kind == "router" and m_out != 1,
             right._replace(init_std=s * m_in**-0.5),
         ),
-        "fixed width hidden-like": (
+        "fixed width output-like": (
             role.kind == "matrix" and m_out == 1 and m_in != 1,
-            right._replace(init_std=s * m_in**0.5),
+            right._replace(init_std=s * m_in**-0.5),
         ),
         "fixed width eps scaled": (role.kind == "matrix" and m_out == 1, right._replace(eps=1 / m_in)),
         "out of a fixed width eps flat": (role.kind == "matrix" and m_in == 1, right._replace(eps=1.0)),
@@ -99,7 +99,7 @@ FAULTS = {
     "hidden lr flat": GROWN,
     "hidden lr by fan-out": GROWN,
     "hidden std flat": GROWN,
-    "hidden std like a fixed width": GROWN,
+    "hidden std like an output": GROWN,
     "hidden decay flat": GROWN,
     "hidden eps flat": GROWN,
     "hidden eps by fan-in": GROWN,
@@ -116,7 +116,7 @@ FAULTS = {
     "router lr flat": GROWN,
     "router eps scaled": GROWN,
     "growing router output-like": MORE_EXPERTS,
-    "fixed width hidden-like": GROWN,
+    "fixed width output-like": GROWN,
     "fixed width eps scaled": GROWN,
     "out of a fixed width eps flat": GROWN,
 }

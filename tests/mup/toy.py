@@ -69,8 +69,6 @@ def closed_form(w: Widths, b: Widths) -> dict[str, tuple[float, float, float, fl
     base = {"v": b.vision**-0.5, "e": b.expert_ffn**-0.5, "c": b.connector**-0.5, "d": b.decoder**-0.5}
 
     def matrix(std: float, m_in: float, m_out: float) -> tuple[float, float, float, float]:
-        if m_out == 1:
-            return std / m_in, 1 / m_in, m_in, 1.0
         if m_in == 1:
             return std, 1.0, 1.0, 1 / m_out
         return std / m_in**0.5, 1 / m_in, m_in, 1 / m_out

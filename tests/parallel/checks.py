@@ -12,7 +12,7 @@ from mmtrain.parallel.box import Box
 from mmtrain.parallel.engine import Engine
 from mmtrain.parallel.groups import Groups, connect
 from tests import tiny
-from tests.parallel import harness
+from tests.parallel import audit, harness
 from tests.parallel.harness import Pieces, Record, State
 
 HALF = 3
@@ -31,6 +31,7 @@ def everything(folder: str, parallel: Parallel, steps: int, wanted: str) -> dict
         "resume": resume(recipe, groups, records["adamw"]),
         "evaluate": evaluate(recipe, groups),
         "frozen": frozen(recipe, groups),
+        "audit": audit.first_step(groups, parallel),
     }
     start = reference.state[HALF - 1]
     records["resumed"] = continue_from(recipe, groups, start, reference.counts[HALF - 1], HALF + 2)

@@ -225,7 +225,7 @@ class Hyper:
 
 @dataclass
 class Optimizer:
-    """AdamW (arXiv:1711.05101) or SGD, with clipping by the global norm, over a dictionary of parameters."""
+    """AdamW (arXiv:1711.05101) or SGD, with clipping by the global norm or each part's, over a dictionary."""
 
     recipe: Recipe
     hyper: dict[str, Hyper]
@@ -240,9 +240,10 @@ class Optimizer:
             part = self.hyper[name].part
             squares[part] = squares.get(part, 0.0) + float(grad.square().sum())
         norm = math.sqrt(sum(squares.values()))
-        scale = min(1.0, optim.clip / (norm + 1e-6)) if optim.clip else 1.0
         self.steps += 1
         for name, grad in grads.items():
+            bound = norm if optim.clip_scope == "global" else math.sqrt(squares[self.hyper[name].part])
+            scale = min(1.0, optim.clip / (bound + 1e-6)) if optim.clip else 1.0
             self._update(name, params[name], grad * scale, factor)
         return norm, {part: math.sqrt(value) for part, value in squares.items()}
 

@@ -10,7 +10,7 @@ import torch
 
 from mmtrain.config.schema import Parallel
 from tests import dist, tiny
-from tests.parallel import checks, compare, harness
+from tests.parallel import audit, checks, compare, harness
 from tests.parallel.compare import TOLERANCE
 from tests.parallel.harness import Record
 
@@ -53,7 +53,9 @@ def layout(request: pytest.FixtureRequest, wanted: dict[str, Record], tmp_path_f
 
 def test_the_recipe_is_a_hard_one(wanted: dict[str, Record]) -> None:
     recipe = tiny.recipe()
-    assert all(norm > recipe.optim.clip for norm in wanted["adamw"].norms + wanted["sgd"].norms)
+    assert all(norm > recipe.optim.clip for norm in wanted["adamw"].norms)
+    clipped = [{part for part, norm in norms.items() if norm > recipe.optim.clip} for norms in wanted["sgd"].part_norms]
+    assert all(clipped) and any(len(parts) < 3 for parts in clipped)
     images = [[len(pack.images) for pack in tiny.packs(recipe.model, step)] for step in range(STEPS)]
     assert any(sum(counts[4:]) == 0 < sum(counts[:4]) for counts in images)
     counts = torch.stack([step["decoder"][0] for step in wanted["adamw"].counts])
@@ -130,6 +132,17 @@ def test_frozen_parameters_keep_their_bits_and_are_saved(layout) -> None:
         loss, other, back = found["losses"]
         assert back == pytest.approx(loss, rel=1e-6) and abs(other - loss) > 0.1
         assert found["names"] == sorted(harness.parts_of(tiny.recipe())[1].entries)
+
+
+def test_every_layout_starts_from_the_same_values_and_moves_each_entry_by_its_rate(layout) -> None:
+    start, rows = layout[1][0]["audit"]
+    registry = harness.parts_of(tiny.recipe())[1]
+    assert all(
+        start["param", name].equal(harness.start_values(registry, name)[: entry.role.rows])
+        for name, entry in registry.entries.items()
+    )
+    assert [row.name for row in rows] == list(registry.entries) and all(row.entries for row in rows)
+    assert [row for row in rows if abs(row.ratio - 1) > audit.TOLERANCE] == []
 
 
 def test_key_biases_without_rope_have_rounding_for_a_gradient() -> None:
