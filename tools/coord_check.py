@@ -80,11 +80,9 @@ def check(
     counts = [sum(math.prod(entry.shape) for entry in made.registry.entries.values()) for made in setups]
     if grow == "heads":
         faults = [fault for fault in faults if fault is not plain_attention]
+    planted = {"SP": standard, **{fault.__name__: fault for fault in faults}}
     found = [examine("muP", setups, seeds, steps, told)]
-    found += [
-        examine(broken.__name__, [broken(made) for made in setups], seeds, steps, told)
-        for broken in (standard, *faults)
-    ]
+    found += [examine(name, [change(made) for made in setups], seeds, steps, told) for name, change in planted.items()]
     problems = lacking([made.recipe.model.decoder.hidden_size for made in setups], seeds, steps, counts)
     problems += [f"muP: {problem}" for problem in found[0].problems()]
     if not any(verdict.problem for verdict in found[1].verdicts):

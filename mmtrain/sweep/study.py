@@ -295,4 +295,4 @@ def importance(sweep: Sweep, trials: list[Trial]) -> dict[str, float]:
     for trial in done:
         params = {key: trial.params[key] for key in distributions}
         study.add_trial(optuna.trial.create_trial(params=params, distributions=distributions, value=trial.loss))
-    return optuna.importance.get_param_importances(study)
+    return optuna.importance.get_param_importances(study, evaluator=optuna.importance.FanovaImportanceEvaluator(seed=0))
