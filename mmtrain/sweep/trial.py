@@ -4,9 +4,10 @@ import contextlib
 import gc
 import math
 import shutil
+import sys
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,7 +17,7 @@ from mmtrain.config.tokens import TokenKind
 from mmtrain.data.loader import Loader
 from mmtrain.data.tokenizer import Tokenizer
 from mmtrain.model.build import parameter_counts, training_flops
-from mmtrain.run.guard import EXIT_STOPPED, STOP_FILE, TrainingStopped
+from mmtrain.run.guard import EXIT_STOPPED, STOP_FILE
 from mmtrain.run.metrics import NAME as METRICS
 from mmtrain.run.metrics import read_metrics
 from mmtrain.run.retain import committed
@@ -87,23 +88,27 @@ def ensure(recipe: Recipe) -> Path:
 def run_trial(recipe: Recipe, objective: str, judge: Judge) -> Outcome:
     """Train `recipe` in this process, going on from its checkpoint if it was interrupted.
 
-    A run with non-finite numbers is a result, not an error. UserError: the recipe itself cannot run.
+    A step with numbers that are not finite ends the trial, and is its result. UserError: the recipe cannot run at all.
     """
     out = Path(recipe.out)
-    with _Watcher(out, judge) as watcher:
+    # The watcher ends a trial, never the guard: an error in the middle would leave its process group behind.
+    patient = replace(recipe, guard=replace(recipe.guard, max_skips=sys.maxsize, rollback_after=0))
+    with _Watcher(out, lambda curve: _diverged(curve) or judge(curve)) as watcher:
         try:
-            code = train(recipe)
-        except TrainingStopped:
-            return Outcome("diverged", math.inf, _last_step(out), _curve(out))
+            code = train(patient)
         finally:
             _forget()
     curve = _curve(out)
-    if code:
-        pruned = code == EXIT_STOPPED and watcher.asked
-        return Outcome("pruned" if pruned else "interrupted", math.nan, _last_step(out), curve, code)
-    held_out = read_metrics(out / METRICS)[-1]["held_out"].get(objective)
-    loss = math.inf if held_out is None else held_out
-    return Outcome("done" if math.isfinite(loss) else "diverged", loss, _last_step(out), curve)
+    steps = curve[-1][0] if curve else 0
+    stopped = code == EXIT_STOPPED and watcher.asked
+    if code and not stopped:
+        return Outcome("interrupted", math.nan, steps, curve, code)
+    if _diverged(curve):
+        return Outcome("diverged", math.inf, steps, curve)
+    if stopped:
+        return Outcome("pruned", math.nan, steps, curve)
+    loss = read_metrics(out / METRICS)[-1]["held_out"][objective]
+    return Outcome("diverged", math.inf, steps, curve) if loss is None else Outcome("done", loss, steps, curve)
 
 
 def discard_weights(out: Path) -> None:
@@ -161,9 +166,8 @@ def _curve(out: Path) -> Curve:
     return [(line["step"], math.inf if line["language_loss"] is None else line["language_loss"]) for line in lines]
 
 
-def _last_step(out: Path) -> int:
-    curve = _curve(out)
-    return curve[-1][0] if curve else 0
+def _diverged(curve: Curve) -> bool:
+    return any(not math.isfinite(loss) for _, loss in curve)
 
 
 def _forget() -> None:

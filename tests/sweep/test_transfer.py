@@ -137,7 +137,7 @@ def test_depth_horizon_and_start_are_flagged_and_widths_are_not():
     refused, flagged = differences(proxy, target)
     keys = [difference.key for difference in flagged]
     assert "model.decoder.num_layers" in keys and "init_from" in keys
-    assert not any("hidden_size" == key.rpartition(".")[2] or key.endswith("head_dim") for key in keys)
+    assert not any(key.rpartition(".")[2] == "hidden_size" or key.endswith("head_dim") for key in keys)
     assert [difference.key for difference in refused] == []
 
 
