@@ -53,19 +53,20 @@ search:
 """
 
 
-@pytest.fixture
-def files(tmp_path):
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
     """(sweep whose best point is lr 0.004 with output 2.0, target recipe)."""
-    (tmp_path / "recipe.yaml").write_text(RECIPE)
-    (tmp_path / "wide.yaml").write_text(WIDE)
-    (tmp_path / "sweep.yaml").write_text(SWEEP.replace("OUT", str(tmp_path / "run")))
-    sweep = read_sweep(tmp_path / "sweep.yaml")
+    folder = tmp_path_factory.mktemp("transfer")
+    (folder / "recipe.yaml").write_text(RECIPE)
+    (folder / "wide.yaml").write_text(WIDE)
+    (folder / "sweep.yaml").write_text(SWEEP.replace("OUT", str(folder / "run")))
+    sweep = read_sweep(folder / "sweep.yaml")
     study = Study(sweep)
     while (claim := study.claim()) is not None:
         point = claim.params
         loss = abs(math.log(point["optim.lr"] / 0.004)) - 0.1 * point["mup.output"] + 0.01 * point["seed"]
         study.finish(claim, *outcome(loss))
-    return sweep, tmp_path / "wide.yaml"
+    return sweep, folder / "wide.yaml"
 
 
 def test_the_best_values_reach_a_runnable_recipe_with_their_base_and_origin(files, tmp_path):
