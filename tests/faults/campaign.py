@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mmtrain.config.schema import Recipe
+from mmtrain.data.loader import STEPS_AHEAD
 from mmtrain.data.tokenizer import Tokenizer, train_bpe
 from mmtrain.run.guard import EXIT_REQUEUE
 from mmtrain.run.heartbeat import EXIT_STALLED
@@ -48,6 +49,8 @@ RANK_0_ALONE = ("killed before the rename", "killed before the clean-up")
 STALLS = ("SIGSTOP", "hang")
 FIRST_STEP = {"spike": job.SPIKE_WINDOW + 1, **dict.fromkeys(STORAGE, 2 * job.EVERY + 2)}
 """Kind -> first step that it can hit: a median needs steps, and damage to one checkpoint needs another one."""
+LAST_STEP = {"worker killed": job.STEPS - STEPS_AHEAD - 1}
+"""Kind -> last step: the packs of the last ones are decoded already."""
 MET = 0.4
 """Share of a run's time by which the ranks have met. A rank that is stopped before is not missed: some come late."""
 
@@ -69,9 +72,9 @@ def draw(number: int, seed: int) -> Draw:
     draws = random.Random(f"{seed}/{number}")
     kind = KINDS[number % len(KINDS)]
     rank = 0 if kind in RANK_0_ALONE else draws.randrange(job.WORLD)
-    first = FIRST_STEP.get(kind, 2)
     share = draws.uniform(MET if kind == "SIGSTOP" else 0.0, 1.0)
-    return Draw(number, kind, rank, draws.randint(first, job.STEPS), draws.choice(PHASES), share)
+    step = draws.randint(FIRST_STEP.get(kind, 2), LAST_STEP.get(kind, job.STEPS))
+    return Draw(number, kind, rank, step, draws.choice(PHASES), share)
 
 
 class Campaign:
@@ -234,7 +237,8 @@ def main() -> int:
     campaign = Campaign(arguments.out, arguments.seed)
     path = arguments.out / "injections.jsonl"
     lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    for number in range(len(lines), arguments.count):
+    done = {line["number"] for line in lines}
+    for number in sorted(set(range(arguments.count)) - done):
         with held(arguments.lock):
             lines.append(campaign.inject(draw(number, arguments.seed)))
         with path.open("a") as file:
