@@ -10,7 +10,7 @@ from mmtrain.assemble import assemble, go_back, interrupted, resume
 from mmtrain.config.check import check
 from mmtrain.config.errors import DataError, UserError
 from mmtrain.config.schema import Recipe
-from mmtrain.data.loader import Loader
+from mmtrain.data.loader import Loader, check_sources
 from mmtrain.data.record import Step
 from mmtrain.data.tokenizer import Tokenizer
 from mmtrain.measure import HeldOut
@@ -49,6 +49,7 @@ def train(recipe: Recipe, options: Options = Options()) -> int:  # noqa: B008 - 
     profile = ProfileWindow(options.profile, Path(recipe.out), place.rank) if options.profile else None
     tokenizer = Tokenizer(recipe.data.tokenizer, recipe.data.chat_template)
     check_vocabulary(recipe.model, tokenizer)
+    check_sources(recipe, tokenizer)
     groups = connect(recipe.parallel, place)
     lock = RunLock(Path(recipe.out), groups)
     with Heartbeat(Path(recipe.out), groups, recipe.guard.stall_seconds) as heart:

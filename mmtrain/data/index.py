@@ -102,14 +102,17 @@ def open_folder(folder: str | Path, tokenizer: Tokenizer) -> list[Shard]:
     A tar lies beside its index, or where the index says. DataError if the folder or its shards are missing, a shard
     has no index, changed since, or was indexed for another tokenizer, chat template or set of special tokens.
     """
-    folder = Path(folder)
-    indexes = set(folder.glob("*" + SUFFIX))
-    tars = set(map(index_path, shard_paths(folder))) if not indexes or any(folder.glob("*.tar")) else set()
-    paths = sorted(indexes | tars, key=str)
-    shards = [check_index(path, tokenizer) for path in paths]
+    shards = [check_index(path, tokenizer) for path in index_paths(Path(folder))]
     if not any(shard.header.samples > shard.header.unusable for shard in shards):
         raise DataError(f"data folder {folder}: {len(shards)} shards without a single usable sample; make them again")
     return shards
+
+
+def index_paths(folder: Path) -> list[Path]:
+    """Where the indexes of a folder's shards are or should be, sorted; DataError if there are no shards."""
+    indexes = set(folder.glob("*" + SUFFIX))
+    tars = set(map(index_path, shard_paths(folder))) if not indexes or any(folder.glob("*.tar")) else set()
+    return sorted(indexes | tars, key=str)
 
 
 def shard_paths(folder: Path) -> list[Path]:

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from mmtrain.config.errors import ConfigError, DataError
@@ -14,7 +15,7 @@ from mmtrain.config.schema import Recipe, Source
 from mmtrain.config.tokens import TokenKind
 from mmtrain.data.batch import canvas_of, stack
 from mmtrain.data.collate import Shape
-from mmtrain.data.index import Shard, open_folder
+from mmtrain.data.index import Shard, check_index, index_paths, open_folder
 from mmtrain.data.ordering import Planned, Sizer
 from mmtrain.data.plan import Plan, Planner
 from mmtrain.data.pool import WorkerPool
@@ -208,6 +209,17 @@ class Loader:
                 f"data.max_bad_fraction={most}; the last one: shard {last['shard']}, sample {last['key']}: "
                 f"{last['reason']}; repair the shards, or raise data.max_bad_fraction"
             )
+
+
+def check_sources(recipe: Recipe, tokenizer: Tokenizer) -> None:
+    """DataError if a folder of shards is missing, or the first shard of one has no index for this tokenizer.
+
+    A glance, for every rank, before anything is built; the loader looks at all shards.
+    """
+    for sources in (recipe.data.sources, recipe.eval.sources if recipe.eval.every else {}):
+        for source in sources.values():
+            if source.weight > 0:
+                check_index(index_paths(Path(source.shards))[0], tokenizer)
 
 
 def make_planner(

@@ -13,11 +13,11 @@ import pytest
 import torch
 
 from mmtrain.config.errors import ConfigError, DataError
-from mmtrain.config.schema import Data, Recipe, Source
+from mmtrain.config.schema import Data, Eval, Recipe, Source
 from mmtrain.config.tokens import TokenKind
 from mmtrain.data import pool
 from mmtrain.data.index import build_index, open_folder, read_index, write_index
-from mmtrain.data.loader import Loader
+from mmtrain.data.loader import Loader, check_sources
 from mmtrain.data.record import Batch, Step
 from tests.data.inputs import TEXTS, picture, tokenizer, write_tar
 from tests.tiny import recipe as tiny
@@ -335,6 +335,17 @@ def test_layouts_that_do_not_fit_are_refused(folder: Path, changes: dict, size: 
     with pytest.raises(ConfigError) as caught:
         Loader(make(folder, **changes), tokenizer(), 0, size)
     assert words in str(caught.value)
+
+
+def test_folders_are_looked_at_before_anything_is_built(folder: Path, tmp_path: Path) -> None:
+    made = make(folder)
+    check_sources(made, tokenizer())  # `off` has no weight: its folder need not be there
+    gone = {"held": Source(str(tmp_path / "gone"))}
+    check_sources(replace(made, eval=Eval(every=0, sources=gone)), tokenizer())
+    with pytest.raises(DataError, match=r"data folder .*gone: no such folder"):
+        check_sources(replace(made, eval=Eval(every=1, sources=gone)), tokenizer())
+    with pytest.raises(DataError, match="indexed for tokenizer"):
+        check_sources(made, tokenizer("chatml"))
 
 
 def test_lanes_keep_their_packs_on_every_number_of_ranks(folder: Path) -> None:
