@@ -163,7 +163,8 @@ def test_what_a_pretrained_part_cannot_bring_is_refused(tmp_path, monkeypatch) -
 def test_factors_of_mup_go_into_the_weights_of_public_classes(tmp_path) -> None:
     recipe = checkpoints.recipe()
     dense = replace(recipe.model.decoder, moe=replace(recipe.model.decoder.moe, num_experts=0))
-    for number, change in enumerate(({"qk_norm": True, "attention_bias": False}, {"qk_norm": False, "tied": True})):
+    qwen2 = {"qk_norm": False, "tied": True, "num_heads": 4, "num_kv_heads": 2}
+    for number, change in enumerate(({"qk_norm": True, "attention_bias": False}, qwen2)):
         decoder = replace(dense, **change)
         chosen = replace(recipe, model=replace(recipe.model, decoder=decoder), mup=replace(recipe.mup, init=1.0))
         assert chosen.mup != Mup()
