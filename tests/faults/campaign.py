@@ -98,18 +98,23 @@ class Campaign:
         return job.recipe(self._folder / "shards", out / "run", self._tokenizer, **options)
 
     def _undisturbed(self, kind: str, workers: int) -> float:
-        """Seconds of a control for this kind; the first also is what all others are compared with."""
+        """Seconds of a control for this kind. A first run, which pays for cold caches, is what all are compared with."""
+        if not self._clean:
+            self._clean[()], _ = self._control("control", 0)
         if kind not in self._seconds:
-            name = f"control {kind}" if self._clean else "control"
-            recipe = self._recipe(name, workers=workers)
-            ended = job.attempt(recipe, self._folder / name / "log")
-            assert ended.codes == [0] * job.WORLD, ended.log
-            self._seconds[kind] = ended.seconds
-            if gap := difference(recipe, self._clean.setdefault((), recipe)):
+            name = f"control {kind}"
+            recipe, self._seconds[kind] = self._control(name, workers)
+            if gap := difference(recipe, self._clean[()]):
                 raise AssertionError(f"two undisturbed runs differ: {gap}")
-            if name != "control":
-                shutil.rmtree(self._folder / name)
+            shutil.rmtree(self._folder / name)
         return self._seconds[kind]
+
+    def _control(self, name: str, workers: int) -> tuple[Recipe, float]:
+        """An undisturbed run and its seconds."""
+        recipe = self._recipe(name, workers=workers)
+        ended = job.attempt(recipe, self._folder / name / "log")
+        assert ended.codes == [0] * job.WORLD, ended.log
+        return recipe, ended.seconds
 
     def _told_to_skip(self, step: int) -> Recipe:
         """A clean run that leaves out a step."""

@@ -48,6 +48,7 @@ class Job:
         self, log: Path, function: Callable[..., Any], *arguments: Any, env: Mapping[str, str] | None = None
     ) -> None:
         self._log = log
+        log.touch()  # the process may be killed before it opens it
         self._mine, theirs = multiprocessing.Pipe(duplex=False)
         self.process: BaseProcess = _context().Process(
             target=_child, args=(function, arguments, dict(env or {}), log, theirs)
