@@ -72,6 +72,12 @@ def uneven(recipe: Recipe) -> Recipe:
     return replace(recipe, model=replace(model, vision=vision, connector=connector, decoder=decoder))
 
 
+def half_dense(recipe: Recipe) -> Recipe:
+    """Experts in every other layer of the decoder."""
+    decoder = replace(recipe.model.decoder, moe=replace(recipe.model.decoder.moe, every=2))
+    return replace(recipe, model=replace(recipe.model, decoder=decoder))
+
+
 UNUSED = 3
 """An expert whose bias is -10 where a part is balanced by bias: no token ever chooses it."""
 

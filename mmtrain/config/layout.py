@@ -9,6 +9,7 @@ def layout_problems(recipe: Recipe, world_size: int | None) -> Iterator[str]:
     """Every rule of the layout that `recipe` breaks on `world_size` ranks; None: on any number of them."""
     yield from engine_problems(recipe.parallel)
     yield from _tensor(recipe.model, recipe.parallel.tensor)
+    yield from _sequence(recipe)
     yield from _experts(recipe)
     if world_size is not None:
         yield from _ranks(recipe, world_size)
@@ -56,6 +57,19 @@ def _tensor(model: Model, tensor: int) -> Iterator[str]:
             f"model.decoder.vocab_size={decoder.vocab_size}, padded to {decoder.padded_vocab()}, is not a multiple of "
             f"parallel.tensor={tensor}; tensor sizes that fit: {divisors(decoder.padded_vocab())}"
         )
+
+
+def _sequence(recipe: Recipe) -> Iterator[str]:
+    """Tensor ranks that share positions hold equally many."""
+    tensor, length = recipe.parallel.tensor, recipe.data.sequence_length
+    if not recipe.parallel.sequence_parallel:
+        return
+    if tensor == 1:
+        yield (
+            "parallel.sequence_parallel=true shares the positions over tensor ranks, and parallel.tensor=1 has no "
+            "other; set it to false, or parallel.tensor to 2 or more"
+        )
+    yield from divides("data.sequence_length", length, "parallel.tensor", tensor)
 
 
 def _experts(recipe: Recipe) -> Iterator[str]:

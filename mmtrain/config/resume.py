@@ -22,6 +22,7 @@ ALWAYS_FREE = (
     "parallel.zero_stage",
     "parallel.offload_optimizer",
     "parallel.activation_checkpointing",
+    "parallel.sequence_parallel",
     "guard",
     "data.workers",
     "data.cache",

@@ -182,6 +182,8 @@ class Parallel:
     """Whether optimizer state lives in host memory (ZeRO 1-3)."""
     activation_checkpointing: bool = False
     """Whether blocks recompute their activations in backward."""
+    sequence_parallel: bool = False
+    """Whether tensor ranks share the decoder's positions between the layers that they share."""
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from mmtrain.config.schema import PARTS, Optim, Recipe
@@ -27,6 +28,7 @@ from mmtrain.parallel.groups import Groups
 from mmtrain.parallel.libraries import deepspeed
 from mmtrain.parallel.marker import ExpertMarker, mark_experts, place_experts
 from mmtrain.parallel.materialize import Make, Partition, fill
+from mmtrain.parallel.sequence import split_sequence
 from mmtrain.parallel.tensor import Layout, parameters, shard
 from mmtrain.parallel.transfer import Frozen, Read, Transfer
 from mmtrain.parallel.zero_config import zero_config
@@ -62,8 +64,16 @@ class Update(NamedTuple):
 class Engine:
     """A model, cut for this rank, with DeepSpeed's optimizer. Build it with `Engine.build`."""
 
-    def __init__(self, engine: Any, recipe: Recipe, groups: Groups, layout: Layout, frozen: dict[str, Frozen]) -> None:
-        """engine: an initialised DeepSpeed engine around the cut and filled model."""
+    def __init__(
+        self,
+        engine: Any,
+        recipe: Recipe,
+        groups: Groups,
+        layout: Layout,
+        frozen: dict[str, Frozen],
+        on_runs: set[str],
+    ) -> None:
+        """engine: an initialised DeepSpeed engine around the cut and filled model. on_runs: see split_sequence."""
         self._engine, self._groups, self._optim = engine, groups, recipe.optim
         self._whole = recipe.parallel.zero_stage == 0
         names = {id(parameter): name for name, parameter in parameters(engine.module)}
@@ -72,6 +82,7 @@ class Engine:
         self._part = {name: group["part"] for group in engine.optimizer.param_groups for name in group["names"]}
         self._cut = {name for name, parameter in parameters(engine.module) if parameter.tensor_cut}
         self._transfer = Transfer(groups, layout, self._state, engine.basic_optimizer, frozen, self._whole, self._cut)
+        self._on_runs = on_runs
         self._norms: Norms | None = None
         self.updates = 0
         """Updates applied since the weights were new: Adam's step count, saved and loaded with the moments."""
@@ -86,6 +97,7 @@ class Engine:
         """
         config = zero_config(recipe.parallel, groups.mesh)
         layout = shard(model, groups)
+        on_runs = split_sequence(model, groups.tensor) if recipe.parallel.sequence_parallel else set()
         optimizer_groups = make_groups(dict(parameters(model)))
         learning = {name for group in optimizer_groups for name in group["names"]}
         for name, parameter in parameters(model):
@@ -106,7 +118,8 @@ class Engine:
                 partition(parameter)
 
         fill(model, layout, make, groups.device, keep)
-        return cls(_initialize(model, recipe, groups, config, optimizer_groups), recipe, groups, layout, frozen)
+        engine = _initialize(model, recipe, groups, config, optimizer_groups)
+        return cls(engine, recipe, groups, layout, frozen, on_runs)
 
     def forward(self, batch: BatchLike, inputs: StepInputs) -> Losses:
         """The losses of this rank's micro-batch, with gradients."""
@@ -135,6 +148,7 @@ class Engine:
     def norms(self) -> Norms:
         """Norms of the step's gradients, after its last backward. A collective of all ranks at the first call."""
         if self._norms is None:
+            self._join_runs()
             parts = self._part_norms()
             self._norms = Norms(math.sqrt(sum(norm**2 for norm in parts.values())), parts)
         return self._norms
@@ -168,6 +182,16 @@ class Engine:
             bound = bounds[self._part[name]]
             if bound > limit:
                 gradient.mul_(limit / bound)
+
+    def _join_runs(self) -> None:
+        """Sum over the tensor group what each of its ranks has from its own positions alone."""
+        own = [gradient for name, gradient in self._state.gradients() if name in self._on_runs]
+        if not own:
+            return
+        total = torch.cat([gradient.flatten() for gradient in own]).to(self._groups.device)
+        dist.all_reduce(total, group=self._groups.tensor)
+        for gradient, joined in zip(own, total.split([gradient.numel() for gradient in own]), strict=True):
+            gradient.copy_(joined.view_as(gradient))
 
     def discard(self) -> None:
         """Drop the gradients accumulated so far. Parameters, moments, step count and rates stay, to the bit."""

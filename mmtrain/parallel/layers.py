@@ -6,7 +6,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from mmtrain.model.norm import RmsNorm
-from mmtrain.parallel.collectives import enter, reduce
+from mmtrain.parallel.collectives import enter, reduce, scatter
 from mmtrain.parallel.libraries import ModelParallelConfig, tensor_parallel
 
 
@@ -23,6 +23,13 @@ def _config(tensor: int) -> ModelParallelConfig:
 
 def _no_values(_: torch.Tensor) -> None:
     """Initialiser that megatron-core asks for and never calls here."""
+
+
+class Split:
+    """Whether each rank holds a run of the positions between layers (mmtrain.parallel.sequence); by default, no."""
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self.group, self.on = group, False
 
 
 class ColumnLinear(tensor_parallel.ColumnParallelLinear):
@@ -46,7 +53,10 @@ class ColumnLinear(tensor_parallel.ColumnParallelLinear):
 
 
 class RowLinear(tensor_parallel.RowParallelLinear):
-    """This rank's share of the inputs [*, d_in / tensor] -> [*, d_out], summed over the group; the bias added once."""
+    """This rank's share of the inputs [*, d_in / tensor] -> [*, d_out], summed over the group; the bias added once.
+
+    Where its neighbours share the positions, [B, T, d_in / tensor] -> [B, T / tensor, d_out].
+    """
 
     def __init__(self, d_in: int, d_out: int, bias: bool, group: dist.ProcessGroup) -> None:
         super().__init__(
@@ -59,10 +69,14 @@ class RowLinear(tensor_parallel.RowParallelLinear):
             skip_bias_add=False,
             tp_group=group,
         )
+        self.split = Split(group)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[*, d_in / tensor] -> [*, d_out]."""
-        return super().forward(x)[0]
+        if not self.split.on:
+            return super().forward(x)[0]
+        out = scatter(F.linear(x, self.weight), self.split.group)
+        return out if self.bias is None else out + self.bias
 
 
 class VocabularyEmbedding(tensor_parallel.VocabParallelEmbedding):

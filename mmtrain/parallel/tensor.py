@@ -24,11 +24,11 @@ from mmtrain.model.loss import LanguageHead
 from mmtrain.model.mlp import Mlp
 from mmtrain.model.norm import RmsNorm
 from mmtrain.parallel.box import Box
-from mmtrain.parallel.collectives import enter, reduce
+from mmtrain.parallel.collectives import enter, gather_split, reduce
 from mmtrain.parallel.expert import spread
 from mmtrain.parallel.groups import Groups
 from mmtrain.parallel.head import VocabularyHead
-from mmtrain.parallel.layers import ColumnLinear, RowLinear, SharedGainNorm, SplitNorm, VocabularyEmbedding
+from mmtrain.parallel.layers import ColumnLinear, RowLinear, SharedGainNorm, Split, SplitNorm, VocabularyEmbedding
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,8 @@ def _replace(model: nn.Module, name: str, new: nn.Module) -> None:
 
 def _enter_inputs(names: tuple[str, ...], groups: Groups, module: nn.Module, args: tuple, kwargs: dict):
     """Pre-forward hook: the tensors that are split work's inputs sum their gradients over the group."""
-    args = (enter(args[0], groups.tensor), *args[1:])
+    into = gather_split if module.split.on else enter
+    args = (into(args[0], groups.tensor), *args[1:])
     return args, {
         key: enter(value, groups.tensor) if key in names and value is not None else value
         for key, value in kwargs.items()
@@ -157,6 +158,7 @@ def _cut_attention(model: nn.Module, name: str, module: Attention, groups: Group
             setattr(module, child, SplitNorm(weight, norm.eps, groups.tensor))
         elif isinstance(norm, RmsNorm):
             setattr(module, child, SharedGainNorm(norm, groups.tensor))
+    module.split = Split(groups.tensor)
     module.register_forward_pre_hook(partial(_enter_inputs, ("memory",), groups), with_kwargs=True)
 
 
@@ -168,6 +170,7 @@ def _cut_mlp(model: nn.Module, name: str, module: Mlp, groups: Groups, cut: Cut)
         if getattr(module, child) is not None:
             _swap_linear(model, f"{name}.{child}", True, groups, cut)
     _swap_linear(model, f"{name}.down", False, groups, cut)
+    module.split = Split(groups.tensor)
     module.register_forward_pre_hook(partial(_enter_inputs, (), groups), with_kwargs=True)
 
 

@@ -173,6 +173,17 @@ ONE_RANK = [
 
 MANY_RANKS = [
     (
+        {"parallel__sequence_parallel": True},
+        2,
+        "parallel.sequence_parallel=true shares the positions over tensor ranks, and parallel.tensor=1 has no other; "
+        "set it to false, or parallel.tensor to 2 or more",
+    ),
+    (
+        {"parallel__sequence_parallel": True, "parallel__tensor": 2, "data__sequence_length": 63},
+        2,
+        "data.sequence_length=63 is not a multiple of parallel.tensor=2; the nearest are 62 and 64",
+    ),
+    (
         {**EXPERTS, "parallel__zero_stage": 0, "parallel__expert": 2},
         2,
         "parallel.zero_stage=0 with parallel.expert=2 clips with a wrong gradient norm; "

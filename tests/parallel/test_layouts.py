@@ -21,6 +21,7 @@ LAYOUTS = {
     "ZeRO-1 on 2 ranks": (2, Parallel(zero_stage=1)),
     "ZeRO-2 with experts over 2 ranks": (2, Parallel(zero_stage=2, expert=2)),
     "ZeRO-1 with 2 tensor ranks": (2, Parallel(zero_stage=1, tensor=2)),
+    "ZeRO-2 with 2 tensor ranks that share positions": (2, Parallel(zero_stage=2, tensor=2, sequence_parallel=True)),
     "ZeRO-3 on 2 ranks": (2, Parallel(zero_stage=3)),
     "ZeRO-3 with experts over 2 ranks": (2, Parallel(zero_stage=3, expert=2)),
     "ZeRO-0 on one process": (1, Parallel(zero_stage=0)),

@@ -1,4 +1,5 @@
-"""What the parity recipe leaves out: tied embeddings and an attention-pool connector on tensor ranks, offload."""
+"""What the parity recipe leaves out: tied embeddings and an attention-pool connector on tensor ranks, offload, texts of
+any length on tensor ranks that share positions."""
 
 from dataclasses import replace
 
@@ -6,13 +7,15 @@ import pytest
 import torch
 
 from mmtrain.config.schema import Connector, Parallel, Recipe
+from mmtrain.data.record import Batch
+from mmtrain.model.attention import KVCache
 from mmtrain.model.vlm import VisionLanguageModel
 from mmtrain.mup.registry import Registry
 from mmtrain.parallel.groups import connect
 from mmtrain.parallel.materialize import fill
 from mmtrain.parallel.tensor import shard
 from tests import dist, tiny
-from tests.parallel import harness
+from tests.parallel import compare, harness
 from tests.parallel.compare import TOLERANCE, distance
 
 pytestmark = pytest.mark.timeout(360)
@@ -98,3 +101,54 @@ def train_offloaded(steps: int) -> dict[int, float]:
 def test_an_optimizer_in_host_memory_takes_the_same_steps() -> None:
     (worst,) = dist.run(train_offloaded, 1, 3)
     assert set(worst) == {1, 2, 3} and max(worst.values()) <= TOLERANCE, worst
+
+
+def read_in_three_ways() -> dict[str, torch.Tensor | str]:
+    """On a rank: logits of a pack read whole, up to an odd position, and from there on with a cache."""
+    groups = connect(Parallel(tensor=2))
+    recipe = tiny.recipe("adamw", Parallel(tensor=2, sequence_parallel=True))
+    engine = harness.build(recipe, groups)
+    packs = tiny.packs(recipe.model, 0)[:1]
+    batch, inputs = tiny.collate(recipe.model, packs), harness.inputs_of(recipe, packs)
+    last = odd_length()
+    cache = KVCache(recipe.model.decoder.num_layers, tiny.SEQUENCE)
+    one = torch.zeros(1, dtype=torch.int64)
+    logits = {
+        "whole": engine.evaluate(batch, inputs, torch.arange(tiny.SEQUENCE)),
+        "odd": engine.evaluate(cut(batch, 0, last), inputs, torch.arange(last)),
+        "prompt": engine.evaluate(cut(batch, 0, last), inputs, torch.arange(last), cache),
+        "next": engine.evaluate(cut(batch, last, last + 1), inputs, one, cache),
+    }
+    try:
+        engine.forward(cut(batch, 0, last), inputs)
+    except ValueError as error:
+        logits["refused"] = str(error)
+    groups.close()
+    return logits
+
+
+def odd_length() -> int:
+    """The last odd length of the pack that ends within a document."""
+    ids = tiny.packs(tiny.recipe().model, 0)[0].document_ids
+    return max(at for at in range(1, tiny.SEQUENCE, 2) if ids[at] == ids[at - 1] >= 0)
+
+
+def cut(batch: Batch, start: int, stop: int) -> Batch:
+    """Positions start .. stop - 1 of a batch of one pack; its images when it starts with them."""
+    fields = ("tokens", "labels", "weights", "document_ids", "positions", "kind", "source_ids")
+    kept = batch.images.shape[0] if start == 0 else 0
+    images = {name: getattr(batch, name)[:kept] for name in ("images", "image_valid", "image_slots")}
+    return replace(batch, **{name: getattr(batch, name)[:, start:stop] for name in fields}, **images)
+
+
+def test_tensor_ranks_that_share_positions_read_texts_of_any_length_and_position_by_position() -> None:
+    found = dist.run(read_in_three_ways, 2)
+    wanted = compare.reference_logits(tiny.recipe(), 0)[: tiny.SEQUENCE]
+    for rank in found:
+        assert distance(rank["whole"], wanted) <= TOLERANCE
+        for way in ("odd", "prompt"):
+            assert distance(rank[way], wanted[: odd_length()]) <= TOLERANCE
+        assert distance(rank["next"], wanted[odd_length() : odd_length() + 1]) <= TOLERANCE
+        assert (
+            rank["refused"] == f"2 tensor ranks cannot share {odd_length()} positions: the recipe's check was not run"
+        )

@@ -14,7 +14,7 @@ import torch
 from mmtrain.config.errors import ConfigError
 from mmtrain.config.schema import Parallel
 from mmtrain.model.experts import Experts, identity
-from mmtrain.parallel import collectives, engine, expert, groups, layers, marker, tensor, zero_config
+from mmtrain.parallel import collectives, engine, expert, groups, layers, marker, sequence, tensor, zero_config
 from mmtrain.parallel.groups import Mpu, connect
 from tests import dist, tiny
 from tests.parallel import compare, harness
@@ -50,6 +50,27 @@ def summed_router_losses() -> Iterator[None]:
         return layout
 
     with mock.patch.object(engine, "shard", wrong):
+        yield
+
+
+@contextlib.contextmanager
+def gains_of_own_positions() -> Iterator[None]:
+    """15: gradients of norms in the residual stream from this rank's positions alone."""
+    with mock.patch.object(engine.Engine, "_join_runs", lambda self: None):
+        yield
+
+
+@contextlib.contextmanager
+def runs_gathered_alike() -> Iterator[None]:
+    """15: in front of split work, each rank's own gradient of its run instead of the sum."""
+    with mock.patch.object(tensor, "gather_split", collectives.gather):
+        yield
+
+
+@contextlib.contextmanager
+def runs_gathered_as_if_split() -> Iterator[None]:
+    """15: behind the last norm, the sum over ranks of a gradient that each has whole."""
+    with mock.patch.object(sequence, "gather", collectives.gather_split):
         yield
 
 
@@ -175,6 +196,10 @@ CASES: dict[str, tuple[Parallel, Callable]] = {
                 replicas_counted_twice,
                 logits_of_padding,
             ),
+        ),
+        (
+            Parallel(zero_stage=1, tensor=2, sequence_parallel=True),
+            (gains_of_own_positions, runs_gathered_alike, runs_gathered_as_if_split),
         ),
         (
             Parallel(zero_stage=1, expert=2),
