@@ -31,7 +31,7 @@ from mmtrain.config.schema import Recipe
 from mmtrain.data.loader import STEPS_AHEAD
 from mmtrain.data.tokenizer import Tokenizer, train_bpe
 from mmtrain.run.guard import EXIT_REQUEUE
-from mmtrain.run.heartbeat import EXIT_STALLED
+from mmtrain.run.heartbeat import EXIT_STALLED, FOLDER
 from mmtrain.run.metrics import PHASES
 from mmtrain.run.retain import committed
 from tests.data.inputs import TEXTS
@@ -52,7 +52,8 @@ FIRST_STEP = {"spike": job.SPIKE_WINDOW + 1, **dict.fromkeys(STORAGE, 2 * job.EV
 LAST_STEP = {"worker killed": job.STEPS - STEPS_AHEAD - 1}
 """Kind -> last step: the packs of the last ones are decoded already."""
 MET = 0.4
-"""Share of a run's time by which the ranks have met. A rank that is stopped before is not missed: some come late."""
+"""Share of a run's time after which the ranks have met. Before that a rank that is stopped is not missed: some come
+late. So SIGSTOP waits until each rank has given a sign of life."""
 
 
 class Draw(NamedTuple):
@@ -72,7 +73,7 @@ def draw(number: int, seed: int) -> Draw:
     draws = random.Random(f"{seed}/{number}")
     kind = KINDS[number % len(KINDS)]
     rank = 0 if kind in RANK_0_ALONE else draws.randrange(job.WORLD)
-    share = draws.uniform(MET if kind == "SIGSTOP" else 0.0, 1.0)
+    share = draws.random()
     step = draws.randint(FIRST_STEP.get(kind, 2), LAST_STEP.get(kind, job.STEPS))
     return Draw(number, kind, rank, step, draws.choice(PHASES), share)
 
@@ -98,7 +99,7 @@ class Campaign:
         return job.recipe(self._folder / "shards", out / "run", self._tokenizer, **options)
 
     def _undisturbed(self, kind: str, workers: int) -> float:
-        """Seconds of a control for this kind. A first run, which pays for cold caches, is what all are compared with."""
+        """Seconds of a control for this kind. A first run, slow from cold caches, is what all are compared with."""
         if not self._clean:
             self._clean[()], _ = self._control("control", 0)
         if kind not in self._seconds:
@@ -157,7 +158,11 @@ class Campaign:
     def _disturbed(self, recipe: Recipe, logs: Path, drawn: Draw, control: float) -> Attempt:
         """The attempt that the fault hits."""
         if drawn.kind in SIGNALS:
-            sent = Signal(getattr(signal, drawn.kind), drawn.rank, drawn.share * control)
+            seconds, signs = drawn.share * control, ()
+            if drawn.kind == "SIGSTOP":
+                seconds *= 1.0 - MET
+                signs = tuple(Path(recipe.out) / FOLDER / f"rank_{rank:05d}" for rank in range(job.WORLD))
+            sent = Signal(getattr(signal, drawn.kind), drawn.rank, seconds, signs)
             return job.attempt(recipe, logs, sent=sent)
         inside = "SIGKILL" if drawn.kind in STORAGE else drawn.kind
         return job.attempt(recipe, logs, Fault(inside, drawn.rank, drawn.step, drawn.phase))

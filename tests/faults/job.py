@@ -34,7 +34,9 @@ class Signal(NamedTuple):
     number: int
     rank: int
     seconds: float
-    """After the start."""
+    """After the start, or after the signs."""
+    signs: tuple[Path, ...] = ()
+    """Files that must have been there before the seconds count."""
 
 
 class Attempt(NamedTuple):
@@ -99,9 +101,13 @@ def attempt(recipe: Recipe, logs: Path, fault: Fault | None = None, sent: Signal
 def _wait(processes: list, start: float, sent: Signal | None) -> bool:
     """Until all have ended; whether any had to be killed that could have ended by itself."""
     failed, told, left, hung = None, False, sent, False
+    signs, since = list(sent.signs) if sent else [], start
     while alive := [process for process in processes if process.exitcode is None]:
         now = time.monotonic()
-        if left is not None and now - start >= left.seconds:
+        while signs and signs[0].exists():
+            signs.pop(0)
+            since = now
+        if left is not None and not signs and now - since >= left.seconds:
             _send(processes[left.rank : left.rank + 1], left.number)
             left = None
         if failed is None and any(process.exitcode for process in processes):
