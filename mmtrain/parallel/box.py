@@ -1,6 +1,7 @@
 """A box of a global tensor, and the flat ranges inside it that ZeRO gives to a rank."""
 
 from dataclasses import dataclass
+from functools import cached_property
 from math import prod
 from typing import Literal
 
@@ -21,12 +22,12 @@ class Box:
         """The box that is the tensor."""
         return Box((0,) * len(shape), tuple(shape))
 
-    @property
+    @cached_property
     def shape(self) -> tuple[int, ...]:
         """Lengths of the sides; 0 where there is nothing."""
         return tuple(max(0, stop - start) for start, stop in zip(self.start, self.stop, strict=True))
 
-    @property
+    @cached_property
     def numel(self) -> int:
         """Elements inside."""
         return prod(self.shape)

@@ -12,7 +12,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 
 import torch
 from torch import nn
@@ -42,7 +42,7 @@ class Placement:
     shape: tuple[int, ...]
     box: Box
 
-    @property
+    @cached_property
     def real(self) -> Box:
         """The box without padding; a prefix of the parameter's elements, maybe empty."""
         return self.box.clip(self.shape)

@@ -36,6 +36,7 @@ log = logging.getLogger("mmtrain.run")
 
 RECIPE = "recipe.yaml"
 _POLL = 0.02  # seconds between two looks for votes
+_YIELD = 1e-3  # seconds: a new thread would keep the interpreter for 5 ms while `save` waits for it to have begun
 _SHARD_BYTES = 1 << 30
 _GRACE = 30.0  # seconds to wait for votes once the training thread has ended: the other ranks may be gone
 
@@ -154,6 +155,7 @@ class Saver:
 
     def _run(self, job: _Job) -> None:
         """The thread."""
+        time.sleep(_YIELD)
         try:
             record = write_shard(job.tmp / shard_name(self.comm.rank), job.pieces)
             entries = [entry.as_json() for entry, _ in job.pieces]

@@ -3,10 +3,10 @@
     python -m tools.bench.checkpoint [RECIPE] [--saves N] [--out DIR] [--save]
 
 One process saves a recipe's model with its moments (Saver.save: copy to host memory; a thread then writes, hashes and
-fsyncs while the loop could go on). `held` is the time that save() takes, `written` the time from its call until the
-checkpoint is committed, `raw` the time to write as many bytes to one file beside it, fsync included. The first save,
-which allocates the host memory, is left out. Prints one JSON line; `ratio` is held / written (target: at most 0.10);
---save keeps it in tools/bench/results/.
+fsyncs while the loop could go on) under --out, by default runs/, where runs save: a temporary folder may be memory.
+`held` is the time that save() takes, `written` the time from its call until the checkpoint is committed, `raw` the time
+to write as many bytes to one file beside it, fsync included. The first save, which allocates the host memory, is left
+out. Prints one JSON line; `ratio` is held / written (target: at most 0.10); --save keeps it in tools/bench/results/.
 """
 
 import argparse
@@ -28,7 +28,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe", type=Path, nargs="?", default=DEFAULT)
     parser.add_argument("--saves", type=int, default=5, help="measured saves")
-    parser.add_argument("--out", type=Path, help="folder on the disk to measure (default: a temporary folder)")
+    parser.add_argument("--out", type=Path, default=Path("runs"), help="folder on the disk to measure")
     parser.add_argument("--save", action="store_true", help="keep the result in tools/bench/results/")
     arguments = parser.parse_args()
     from mmtrain.assemble import assemble
@@ -43,6 +43,7 @@ def main() -> int:
     groups = connect(recipe.parallel)
     built = assemble(recipe, groups)
     engine_step(recipe, groups, built.engine, synthetic(recipe))()  # the moments exist from now on
+    arguments.out.mkdir(parents=True, exist_ok=True)
     times: dict[str, list[float]] = {"held": [], "written": [], "raw": []}
     with tempfile.TemporaryDirectory(dir=arguments.out) as folder:
         saver = Saver(Path(folder), groups, keep_last=1)
