@@ -15,6 +15,7 @@ from mmtrain.data.record import Step
 from mmtrain.data.tokenizer import Tokenizer
 from mmtrain.measure import HeldOut
 from mmtrain.model.balance import RouterState
+from mmtrain.model.probe import GradientProbe
 from mmtrain.optim.schedule import lr_factor
 from mmtrain.parallel.environment import discover
 from mmtrain.parallel.groups import Groups, connect
@@ -95,7 +96,8 @@ def run(
                 with watch.phase("data_wait"):
                     mine = next_step(batches)
                 data, sums = agreed(*mine, stop.code(), groups, sources)
-                inputs = routers.inputs(sums.label_weight, sums.valid_tokens)
+                probe = GradientProbe(groups.device) if watch.expects_line(step, sums) else None
+                inputs = routers.inputs(sums.label_weight, sums.valid_tokens, probe)
                 totals = LossTotals(recipe.model)
                 for number, batch in enumerate(data.micro_batches):
                     with watch.phase("forward"):
@@ -106,7 +108,7 @@ def run(
                 totals.reduce(groups)
                 factor = lr_factor(step, recipe.optim, total_steps)
                 with watch.phase("update"):
-                    norms = engine.norms()
+                    norms = engine.norms(probe)
                     skipped = guard.judge(
                         step, totals.loss(), norms.grad_norm, float(sums.label_weight), data.pack_keys
                     )

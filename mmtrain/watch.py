@@ -101,6 +101,10 @@ class Watch:
         with self._meter.paused():
             yield
 
+    def expects_line(self, step: int, sums: StepSums) -> bool:
+        """Whether a step will be logged whatever comes of it; the same on every rank, before its first forward."""
+        return bool(sums.stop) or step % self._recipe.log.every == 0 or step in (1, self._total)
+
     def report(
         self,
         step: int,
@@ -127,7 +131,7 @@ class Watch:
         if not self._rank0:
             return
         self._progress.update(step)
-        if not (measured or skipped or sums.stop or step % recipe.log.every == 0 or step in (1, self._total)):
+        if not (measured or skipped or self.expects_line(step, sums)):
             return
         served = sum(data.served.values())
         self._record = StepRecord(
@@ -138,6 +142,9 @@ class Watch:
             grad_norm=norms.grad_norm,
             lr=recipe.optim.lr * factor,
             part_norms=norms.part_norms,
+            expert_norms=norms.expert_norms,
+            router_norms=norms.router_norms,
+            position_norms=norms.position_norms,
             balance={part: float(value) for part, value in totals.by_part("balance").items()},
             switch=totals.switch(),
             z={part: float(value) for part, value in totals.by_part("z").items()},

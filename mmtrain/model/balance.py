@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from mmtrain.config.schema import Model
+from mmtrain.model.probe import GradientProbe
 from mmtrain.model.stepio import PartRouterInput, StepInputs, first_inputs
 
 
@@ -30,13 +31,18 @@ class RouterState:
             {part: router.bias for part, router in routers.items()},
         )
 
-    def inputs(self, label_weight: torch.Tensor, valid_tokens: Mapping[str, torch.Tensor]) -> StepInputs:
+    def inputs(
+        self,
+        label_weight: torch.Tensor,
+        valid_tokens: Mapping[str, torch.Tensor],
+        probe: GradientProbe | None = None,
+    ) -> StepInputs:
         """Inputs of a step's forwards. label_weight [] and valid_tokens (part -> []) are sums over the global batch."""
         routers = {
             part: PartRouterInput(self.shares[part], self.bias[part], valid_tokens[part].float())
             for part in self.shares
         }
-        return StepInputs(label_weight.float(), routers)
+        return StepInputs(label_weight.float(), routers, probe)
 
     def update(self, counts: Mapping[str, torch.Tensor]) -> None:
         """Take in a step's choices: part -> [layers, E], summed over the global batch.

@@ -5,6 +5,7 @@ from typing import NamedTuple, Protocol
 import torch
 
 from mmtrain.config.schema import Model
+from mmtrain.model.probe import GradientProbe
 from mmtrain.model.router import RouterInput
 
 
@@ -60,6 +61,8 @@ class StepInputs(NamedTuple):
     """[] fp32: W, all label weights of the global batch."""
     routers: dict[str, PartRouterInput]
     """Part -> its routers' inputs, for parts with experts."""
+    probe: GradientProbe | None = None
+    """Where the loss gradient at the decoder's input is looked at; None in steps whose norms nobody reads."""
 
 
 class Losses(NamedTuple):

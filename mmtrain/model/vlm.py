@@ -52,6 +52,8 @@ class VisionLanguageModel(nn.Module):
             embeddings = splice(embeddings, self.embedding_scale, tokens, batch)
         elif self.embedding_scale != 1.0:
             embeddings = embeddings * self.embedding_scale
+        if inputs.probe is not None:
+            embeddings = inputs.probe(embeddings, batch.kind)
         hidden, reports["decoder"] = self.decoder(
             embeddings, batch.positions, batch.document_ids, inputs.routers.get("decoder"), cache
         )

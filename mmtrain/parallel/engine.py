@@ -14,6 +14,7 @@ here, is the only place where anything is scaled. Norm, verdict and clipping are
 
 import math
 from collections.abc import Callable, Iterator
+from itertools import product
 from typing import Any, NamedTuple
 
 import torch
@@ -22,6 +23,7 @@ from torch import nn
 
 from mmtrain.config.schema import PARTS, Optim, Recipe
 from mmtrain.model.attention import KVCache
+from mmtrain.model.probe import KINDS, GradientProbe
 from mmtrain.model.stepio import BatchLike, Losses, StepInputs
 from mmtrain.parallel.box import Piece
 from mmtrain.parallel.groups import Groups
@@ -41,6 +43,14 @@ CLIP_EPS = 1e-6
 """Added to the norm before dividing by it, as torch.nn.utils.clip_grad_norm_ does."""
 
 
+EXPERTS, ROUTER, DENSE = "experts", "router", "dense"
+
+
+def sort_of(name: str) -> str:
+    """Which gradients parameter `name` is measured with, inside its part."""
+    return EXPERTS if ".experts." in name else ROUTER if ".router." in name else DENSE
+
+
 class Norms(NamedTuple):
     """Gradient norms of a step over the global batch, before clipping; the same on every rank."""
 
@@ -48,6 +58,12 @@ class Norms(NamedTuple):
     """Of all gradients; not finite when any gradient is not."""
     part_norms: dict[str, float]
     """Of each part that learns."""
+    expert_norms: dict[str, float]
+    """Of each part's experts, where some learn; they are in part_norms too."""
+    router_norms: dict[str, float]
+    """Of each part's routers, where some learn; they are in part_norms too."""
+    position_norms: dict[str, float]
+    """Of the loss gradient at the decoder's input, over its text and over its image positions; {} without a probe."""
 
 
 class Update(NamedTuple):
@@ -145,12 +161,28 @@ class Engine:
         self._engine.set_gradient_accumulation_boundary(last)
         self._engine.backward(total * self._groups.data_size, scale_wrt_gas=False)
 
-    def norms(self) -> Norms:
-        """Norms of the step's gradients, after its last backward. A collective of all ranks at the first call."""
+    def norms(self, probe: GradientProbe | None = None) -> Norms:
+        """Norms of the step's gradients, after its last backward. A collective of all ranks at the first call.
+
+        probe   that of the step's inputs, on every rank or on none; read at the first call.
+        """
         if self._norms is None:
             self._join_runs()
-            parts = self._part_norms()
-            self._norms = Norms(math.sqrt(sum(norm**2 for norm in parts.values())), parts)
+            squares, positions = self._squares(probe)
+            parts = {part: 0.0 for part in PARTS if part in self._part.values()}
+            for (part, _), square in squares.items():
+                parts[part] += square
+
+            def of(sort: str) -> dict[str, float]:
+                return {part: math.sqrt(square) for (part, own), square in squares.items() if own == sort}
+
+            self._norms = Norms(
+                grad_norm=math.sqrt(sum(parts.values())),
+                part_norms={part: math.sqrt(square) for part, square in parts.items()},
+                expert_norms=of(EXPERTS),
+                router_norms=of(ROUTER),
+                position_norms={} if probe is None else positions,
+            )
         return self._norms
 
     def step(self, lr_factor: float) -> Update:
@@ -158,7 +190,7 @@ class Engine:
         norms = self.norms()
         if not math.isfinite(norms.grad_norm):
             self.discard()
-            return Update(*norms, applied=False)
+            return Update(norms.grad_norm, norms.part_norms, applied=False)
         self._clip(norms)
         for group in self._engine.optimizer.param_groups:
             group["lr"] = group["peak"] * lr_factor
@@ -167,7 +199,7 @@ class Engine:
             raise RuntimeError("DeepSpeed left out an update whose norm is finite; the verdict should be ours alone")
         self._norms = None
         self.updates += 1
-        return Update(*norms, applied=True)
+        return Update(norms.grad_norm, norms.part_norms, applied=True)
 
     def _clip(self, norms: Norms) -> None:
         """Scale down the gradients whose norm, all together or by part, is above the limit."""
@@ -198,20 +230,30 @@ class Engine:
         self._norms = None
         self._state.discard()
 
-    def _part_norms(self) -> dict[str, float]:
-        """Gradient norm by part. Each element counts once: replicas over tensor (and, in ZeRO-0, data) ranks do not."""
-        parts = [part for part in PARTS if part in self._part.values()]
-        held: dict[str, list[torch.Tensor]] = {part: [] for part in parts}
-        speaks = not self._whole or self._groups.data_rank == 0
+    def _squares(self, probe: GradientProbe | None) -> tuple[dict[tuple[str, str], float], dict[str, float]]:
+        """(part, sort) -> squared gradient norm, and token kind -> norm at the decoder's input.
+
+        Each element counts once: replicas over tensor (and, in ZeRO-0, data) ranks do not.
+        """
+        groups = self._groups
+        present = {(part, sort_of(name)) for name, part in self._part.items()}
+        keys = [key for key in product(PARTS, (EXPERTS, ROUTER, DENSE)) if key in present]
+        held: dict[tuple[str, str], list[torch.Tensor]] = {key: [] for key in keys}
+        speaks = not self._whole or groups.data_rank == 0
         for name, gradient in self._state.gradients():
-            if speaks and (self._groups.tensor_rank == 0 or name in self._cut):
-                held[self._part[name]].append(gradient)
-        squares = torch.zeros(len(parts), dtype=torch.float64, device=self._groups.device)
-        for number, part in enumerate(parts):
-            if held[part]:
-                squares[number] = torch.stack(torch._foreach_norm(held[part])).double().square().sum()
-        self._groups.sum_over_world(squares)
-        return {part: math.sqrt(square) for part, square in zip(parts, squares.tolist(), strict=True)}
+            if speaks and (groups.tensor_rank == 0 or name in self._cut):
+                held[self._part[name], sort_of(name)].append(gradient)
+        squares = torch.zeros(len(held) + len(KINDS), dtype=torch.float64, device=groups.device)
+        for number, gradients in enumerate(held.values()):
+            if gradients:
+                squares[number] = torch.stack(torch._foreach_norm(gradients)).double().square().sum()
+        if probe is not None and groups.tensor_rank == 0:
+            squares[len(held) :] = probe.squares() / groups.data_size**2  # backward multiplied the loss
+        found = groups.sum_over_world(squares).tolist()
+        positions = {
+            kind.name.lower(): math.sqrt(square) for kind, square in zip(KINDS, found[len(held) :], strict=True)
+        }
+        return dict(zip(held, found, strict=False)), positions
 
     def pieces(self) -> Iterator[Piece]:
         """What this rank writes: over all ranks, each element of each tensor once. Views of live memory."""

@@ -60,7 +60,14 @@ class StepRecord:
     lr: float
     """Base learning rate times schedule."""
     part_norms: Mapping[str, float] = field(default_factory=dict)
-    """Gradient norm by part (vision, connector, decoder)."""
+    """Gradient norm by part (vision, connector, decoder), before clipping."""
+    expert_norms: Mapping[str, float] = field(default_factory=dict)
+    """Of which: of the part's experts."""
+    router_norms: Mapping[str, float] = field(default_factory=dict)
+    """Of which: of the part's routers."""
+    position_norms: Mapping[str, float] = field(default_factory=dict)
+    """Norm of the loss gradient at the decoder's input: over all text positions of the step, over all image positions.
+    Empty in a line that is there only because the step was skipped or measured."""
     balance: Mapping[str, float] = field(default_factory=dict)
     """Balance loss by part, without coefficient, mean over layers."""
     switch: Mapping[str, float] = field(default_factory=dict)

@@ -26,7 +26,7 @@ Record = Mapping[str, Any]
 
 
 def draw_plots(metrics: Path, folder: Path, name: str) -> list[Path]:
-    """Draw loss.png, lr.png, grad_norm.png, held_out.png and experts.png, where there are numbers; return paths.
+    """Draw loss, lr, grad_norm, grad_ratio, held_out and experts .png, where there are numbers; return paths.
 
     metrics   metrics.jsonl
     folder    where the PNGs go
@@ -40,6 +40,7 @@ def draw_plots(metrics: Path, folder: Path, name: str) -> list[Path]:
         "loss.png": _loss,
         "lr.png": _lr,
         "grad_norm.png": _grad_norm,
+        "grad_ratio.png": _grad_ratio,
         "held_out.png": _held_out,
         "experts.png": _experts,
     }
@@ -134,6 +135,39 @@ def _grad_norm(records: Sequence[Record], name: str) -> Figure:
     axes.set_yscale("log")
     _legend(axes, len(parts) + 1)
     return figure
+
+
+RATIOS = (
+    ("position_norms", "image", "text", "image / text positions"),
+    ("part_norms", "vision", "decoder", "vision / decoder"),
+    ("part_norms", "connector", "decoder", "connector / decoder"),
+)
+"""Key of a record, two of its names, and the label of their ratio."""
+
+
+def _grad_ratio(records: Sequence[Record], name: str) -> Figure | None:
+    curves = []
+    for key, above, below, label in RATIOS:
+        steps, values = _positive(_series(records, lambda record, names=(key, above, below): _ratio(record, *names)))
+        if steps:
+            curves.append((steps, values, label))
+    if not curves:
+        return None
+    figure, axes = _axes(f"{name}: gradient norms against each other", "ratio of L2 norms (log scale)")
+    for (steps, values, label), colour in zip(curves, _cycle(len(curves)), strict=True):
+        _line(axes, steps, values, label, colour)
+    axes.axhline(1.0, color="#888888", linewidth=0.8, linestyle="--", zorder=0)
+    axes.set_yscale("log")
+    _legend(axes, max(2, len(curves)))
+    return figure
+
+
+def _ratio(record: Record, key: str, above: str, below: str) -> float | None:
+    """One norm of a record over another; None where one is missing or the lower one is 0."""
+    norms = record.get(key) or {}
+    if norms.get(above) is None or not norms.get(below):
+        return None
+    return norms[above] / norms[below]
 
 
 def _positive(series: tuple[list[int], list[float]]) -> tuple[list[int], list[float]]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from mmtrain.config.schema import Recipe
+from mmtrain.config.tokens import TokenKind
 from mmtrain.mup.scales import base_model_config, forward_scales
 from mmtrain.optim.groups import hyperparameters
 from mmtrain.optim.schedule import lr_factor
@@ -61,20 +62,28 @@ class Reference:
         """The global batch of a step (from 0)."""
         return tiny.packs(self.recipe.model, step, count=self.recipe.data.global_batch)
 
-    def forwards(self, leaves: reference.Params, packs: list[tiny.Pack]) -> Iterator[tuple[torch.Tensor, Routing]]:
-        """The loss of each cut of the batch; they add up to the step's."""
+    def forwards(
+        self, leaves: reference.Params, packs: list[tiny.Pack]
+    ) -> Iterator[tuple[torch.Tensor, Routing, torch.Tensor]]:
+        """The loss of each cut of the batch, and its positions' kinds; the losses add up to the step's."""
         shares = reference.Shares(self.load, tiny.valid_tokens(self.recipe.model, packs), self.bias)
         for first in range(self.cuts):  # every cut has an image
             batch = join(packs[first :: self.cuts])
             batch["weights"] = batch["weights"].to(self.dtype)
-            yield reference.forward(leaves, self.recipe, self.scales, batch, shares, tiny.label_weight(packs))
+            weight = tiny.label_weight(packs)
+            yield *reference.forward(leaves, self.recipe, self.scales, batch, shares, weight), batch["kind"]
 
     def gradients(self, step: int, record: Record) -> dict[str, torch.Tensor]:
         """Gradients by name at the current values; losses, counts and margin go to the record."""
         leaves = {name: value.detach().clone().requires_grad_() for name, value in self.params.items()}
         total, terms, counts, margin = 0.0, {f"source {n}": 0.0 for n in range(tiny.SOURCES)}, {}, math.inf
-        for loss, routing in self.forwards(leaves, self.packs(step)):
+        squares = {"text": 0.0, "image": 0.0}
+        for loss, routing, kind in self.forwards(leaves, self.packs(step)):
             loss.backward()
+            at = routing.inputs.grad.square().sum(-1)
+            squares = {
+                name: value + float(at[kind == TokenKind[name.upper()]].sum()) for name, value in squares.items()
+            }
             total += float(loss.detach())
             found = {f"source {number}": value for number, value in routing.sources.items()}
             for kind in ("balance", "z"):
@@ -89,7 +98,13 @@ class Reference:
         record.terms.append(terms)
         record.counts.append({part: value.float() for part, value in counts.items()})
         record.margins.append(margin)
-        return {name: leaf.grad for name, leaf in leaves.items()}
+        grads = {name: leaf.grad for name, leaf in leaves.items()}
+        record.part_norms.append(
+            {f"position {name}": math.sqrt(value) for name, value in squares.items()}
+            | sorted_norms(grads, "expert", ".experts.")
+            | sorted_norms(grads, "router", ".router.")
+        )
+        return grads
 
     def step(self, step: int, record: Record) -> None:
         """One update, and the state after it."""
@@ -103,9 +118,19 @@ class Reference:
             if moe.balance == "bias":
                 self.bias[part] += moe.bias_rate * torch.sign(counts.mean(-1, keepdim=True) - counts)
         record.norms.append(norm)
-        record.part_norms.append(parts)
+        record.part_norms[-1] |= parts
         state = {("param", name): value.clone() for name, value in self.params.items()}
         record.state.append(state | {key: value.clone() for key, value in self.optimizer.moments.items()})
+
+
+def sorted_norms(grads: dict[str, torch.Tensor], name: str, mark: str) -> dict[str, float]:
+    """Norm by part over the gradients whose parameters have `mark` in their name."""
+    squares: dict[str, float] = {}
+    for parameter, grad in grads.items():
+        if mark in parameter:
+            key = f"{name} {parameter.split('.')[0]}"
+            squares[key] = squares.get(key, 0.0) + float(grad.square().sum())
+    return {key: math.sqrt(square) for key, square in squares.items()}
 
 
 def reference_run(recipe: Recipe, steps: int, dtype: torch.dtype = torch.float64, cuts: int = 1) -> Record:
@@ -147,24 +172,31 @@ class Row:
     loss: float
     term: tuple[float, str]
     norm: float
-    part_norm: float
+    part_norm: tuple[float, str]
     worst: dict[str, tuple[float, str]]
     ties: int
 
     def largest(self) -> float:
         """The largest difference of this step."""
-        return max(self.loss, self.term[0], self.norm, self.part_norm, *(value for value, _ in self.worst.values()))
+        named = (self.term, self.part_norm, *self.worst.values())
+        return max(self.loss, self.norm, *(value for value, _ in named))
 
     def __str__(self) -> str:
         worst = "  ".join(f"{kind} {value:.1e} {name}" for kind, (value, name) in self.worst.items())
         loss = f"loss {self.loss:.1e} ({self.term[1]} {self.term[0]:.1e})"
-        return f"{self.step:4d}  {loss}  norm {self.norm:.1e}  part {self.part_norm:.1e}  {worst}"
+        return f"{self.step:4d}  {loss}  norm {self.norm:.1e}  ({self.part_norm[1]} {self.part_norm[0]:.1e})  {worst}"
 
 
 def worst_term(found: dict[str, float], wanted: dict[str, float], loss: float) -> tuple[float, str]:
     """The term of the loss that differs most, measured by the term, or by the whole loss where the term is small."""
     assert found.keys() == wanted.keys(), f"missing or surplus: {sorted(found.keys() ^ wanted.keys())}"
     return max((abs(found[name] - value) / max(abs(value), 0.1 * loss), name) for name, value in wanted.items())
+
+
+def worst_norm(found: dict[str, float], wanted: dict[str, float]) -> tuple[float, str]:
+    """The norm that differs most."""
+    assert found.keys() == wanted.keys(), f"missing or surplus: {sorted(found.keys() ^ wanted.keys())}"
+    return max((abs(found[name] / value - 1), name) for name, value in wanted.items())
 
 
 def tail(record: Record, first: int) -> Record:
@@ -185,14 +217,14 @@ def compare(found: Record, wanted: Record) -> list[Row]:
         ties = sum(
             int((found.counts[step][part] - value).abs().sum()) // 2 for part, value in wanted.counts[step].items()
         )
-        relative = [abs(found.part_norms[step][part] / value - 1) for part, value in wanted.part_norms[step].items()]
+        relative = worst_norm(found.part_norms[step], wanted.part_norms[step])
         rows.append(
             Row(
                 step + 1,
                 abs(found.losses[step] / wanted.losses[step] - 1),
                 worst_term(found.terms[step], wanted.terms[step], wanted.losses[step]),
                 abs(found.norms[step] / wanted.norms[step] - 1),
-                max(relative),
+                relative,
                 worst,
                 ties,
             )

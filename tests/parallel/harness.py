@@ -8,6 +8,7 @@ import torch
 
 from mmtrain.config.schema import Recipe
 from mmtrain.model.balance import RouterState
+from mmtrain.model.probe import GradientProbe
 from mmtrain.model.stepio import Losses, StepInputs, sparse_layers
 from mmtrain.model.vlm import VisionLanguageModel
 from mmtrain.mup.init import initial
@@ -17,7 +18,7 @@ from mmtrain.mup.scales import base_model_config, forward_scales
 from mmtrain.optim.groups import param_groups
 from mmtrain.optim.schedule import lr_factor
 from mmtrain.parallel.box import Box
-from mmtrain.parallel.engine import Engine
+from mmtrain.parallel.engine import Engine, Norms
 from mmtrain.parallel.groups import Groups
 from tests import tiny
 
@@ -48,6 +49,7 @@ class Record:
     """Language loss by source (a sum over W), raw balance and z losses by part."""
     norms: list[float] = field(default_factory=list)
     part_norms: list[dict[str, float]] = field(default_factory=list)
+    """By part, by experts and routers of a part, and by token kind at the decoder's input."""
     counts: list[dict[str, torch.Tensor]] = field(default_factory=list)
     state: list[Any] = field(default_factory=list)
     margins: list[float] = field(default_factory=list)
@@ -159,18 +161,27 @@ def train(
     record, routers = Record(), routers_of(recipe) if routers is None else routers
     for step in range(first, steps):
         packs = tiny.packs(recipe.model, step, count=recipe.data.global_batch)
-        inputs = inputs_of(recipe, packs, routers)
+        inputs = inputs_of(recipe, packs, routers)._replace(probe=GradientProbe(groups.device))
         totals = accumulate(engine, recipe, groups, packs, inputs, accumulation)
+        norms = engine.norms(inputs.probe)
         update = engine.step(lr_factor(step + 1, recipe.optim, recipe.steps))
         assert update.applied
         routers.update({part: value.double() for part, value in totals.counts.items()})
         record.losses.append(totals.loss)
         record.terms.append(totals.terms)
         record.norms.append(update.grad_norm)
-        record.part_norms.append(update.part_norms)
+        record.part_norms.append(by_name(norms))
         record.counts.append(totals.counts)
         record.state.append(snapshot(engine))
     return record
+
+
+def by_name(norms: Norms) -> dict[str, float]:
+    """All norms but the whole one, with one name each."""
+    found = dict(norms.part_norms)
+    for kind in ("expert", "router", "position"):
+        found |= {f"{kind} {name}": value for name, value in getattr(norms, f"{kind}_norms").items()}
+    return found
 
 
 def snapshot(engine: Engine) -> Pieces:

@@ -171,7 +171,7 @@ def measure(case: Case, found: Record, wanted: Record) -> Line:
     where: dict[str, str] = {}
     rows = compare.compare(found, wanted)
     for row in rows:
-        named = {"loss": (row.loss, ""), "term": row.term, "norm": (row.norm, ""), "part_norm": (row.part_norm, "")}
+        named = {"loss": (row.loss, ""), "term": row.term, "norm": (row.norm, ""), "part_norm": row.part_norm}
         for kind, (value, name) in (named | row.worst).items():
             if not value <= largest.get(kind, -1.0):
                 largest[kind], where[kind] = value, name

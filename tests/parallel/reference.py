@@ -28,6 +28,8 @@ class Routing:
     sources: dict[int, float] = field(default_factory=dict)
     counts: dict[str, list[Tensor]] = field(default_factory=dict)
     margin: float = math.inf
+    inputs: Tensor | None = None
+    """The decoder's input, whose gradient is kept."""
 
 
 @dataclass
@@ -46,6 +48,9 @@ def logits(params: Params, recipe: Recipe, scales: Scales, batch: dict[str, Tens
     tokens = connector(params, model, features, routing, shares)
     x = params["decoder.embedding.weight"][batch["tokens"]] * scales.embedding
     x = x.view(-1, x.shape[-1]).index_put((batch["slots"].flatten(),), tokens.flatten(0, 1)).view_as(x)
+    routing.inputs = x
+    if x.requires_grad:
+        x.retain_grad()
     x = decoder(params, model, scales, x, batch, routing, shares)
     return (x * scales.output) @ params["decoder.head.weight"][: model.decoder.vocab_size].T
 

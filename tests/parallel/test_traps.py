@@ -94,12 +94,12 @@ def bias_on_every_rank() -> Iterator[None]:
 def replicas_counted_twice() -> Iterator[None]:
     """2: a norm that takes replicated parameters from every tensor rank."""
 
-    def all_cut(self):
+    def all_cut(self, probe):
         self._cut = set(self._part)
-        return counted(self)
+        return counted(self, probe)
 
-    counted = engine.Engine._part_norms
-    with mock.patch.object(engine.Engine, "_part_norms", all_cut):
+    counted = engine.Engine._squares
+    with mock.patch.object(engine.Engine, "_squares", all_cut):
         yield
 
 

@@ -13,10 +13,10 @@ from rich.console import Console
 
 from mmtrain.run import report as report_module
 from mmtrain.run.metrics import MetricsLog, StepRecord
-from mmtrain.run.plots import draw_plots
+from mmtrain.run.plots import _ratio, draw_plots
 from mmtrain.run.report import Report, commit, table, write_report
 
-ALL = ["loss.png", "lr.png", "grad_norm.png", "held_out.png", "experts.png"]
+ALL = ["loss.png", "lr.png", "grad_norm.png", "grad_ratio.png", "held_out.png", "experts.png"]
 
 
 def records(**values):
@@ -24,7 +24,8 @@ def records(**values):
         loss = 2 + math.exp(-step / 5)
         defaults = {
             "loss_by_source": {"captions": loss, "text": None if step % 3 else loss + 1},
-            "part_norms": {"vision": 0.0, "decoder": 1 / step},
+            "part_norms": {"vision": 0.0, "decoder": 1 / step, "connector": 2 / step},
+            "position_norms": {} if step == 7 else {"text": 1.0, "image": 0.1 * step},
             "held_out": {"captions": loss, "all": loss} if step % 5 == 0 else {},
             "expert_shares": {"vision": {"1": [0.5, 0.49, 0.01, 0.0]}, "decoder": {"0": [0.5, 0.5], "2": [0.9, 0.1]}},
             "skipped": "loss nan" if step == 7 else "",
@@ -54,14 +55,24 @@ def test_every_plot_is_a_picture_with_something_on_it(tmp_path):
 
 
 def test_only_what_there_are_numbers_for(tmp_path):
-    assert [path.name for path in draw(tmp_path, records(held_out={}, expert_shares={}))] == ALL[:3]
+    one_part = {"part_norms": {"connector": 1.0}, "position_norms": {"text": 0.0, "image": 1.0}}
+    assert [path.name for path in draw(tmp_path, records(held_out={}, expert_shares={}, **one_part))] == ALL[:3]
     assert draw(tmp_path, []) == []
 
 
 def test_a_run_of_nothing_but_nan_still_draws(tmp_path):
     nan = {"captions": math.nan}
     lines = [replace(line, language_loss=math.nan, grad_norm=math.nan, loss_by_source=nan) for line in records()]
-    assert len(draw(tmp_path, lines)) == 5
+    assert len(draw(tmp_path, lines)) == len(ALL)
+
+
+def test_ratios_are_of_norms_that_are_there():
+    record = {"position_norms": {"text": 2.0, "image": 1.0}, "part_norms": {"vision": None, "decoder": 1.0}}
+    assert _ratio(record, "position_norms", "image", "text") == 0.5
+    assert _ratio(record, "part_norms", "vision", "decoder") is None
+    assert _ratio(record, "part_norms", "decoder", "vision") is None
+    assert _ratio({"part_norms": {"a": 1.0, "b": 0.0}}, "part_norms", "a", "b") is None
+    assert _ratio({}, "position_norms", "image", "text") is None
 
 
 def test_many_experts_and_layers_fit(tmp_path):

@@ -47,8 +47,12 @@ def test_every_number_of_the_log_is_that_of_one_process(runs: tuple[Recipe, Reci
     for wanted, found in zip(alone, moving, strict=True):
         for key in ("tokens", "mixture", "padding_share", "expert_shares", "lr"):
             assert found[key] == wanted[key], (wanted["step"], key)
-        for key in ("loss", "language_loss", "grad_norm", "loss_by_source", "part_norms", "balance", "z"):
+        norms = "grad_norm", "part_norms", "expert_norms", "router_norms", "position_norms"
+        for key in ("loss", "language_loss", "loss_by_source", "balance", "z", *norms):
             assert found[key] == pytest.approx(wanted[key], rel=1e-5), (wanted["step"], key)
+        parts = {"vision", "connector", "decoder"}
+        assert found["expert_norms"].keys() == found["router_norms"].keys() == found["part_norms"].keys() == parts
+        assert found["position_norms"].keys() == {"text", "image"} and min(found["position_norms"].values()) > 0
 
 
 def test_the_stream_and_the_weights_end_where_one_process_ends(runs: tuple[Recipe, Recipe]) -> None:
