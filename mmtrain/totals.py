@@ -27,6 +27,8 @@ class StepSums:
     """Positions that hold a token."""
     positions: int
     """All positions, padding included."""
+    labels: int
+    """Positions with a target of the loss."""
     images: int
     """Images that are not blank."""
     unusable: int
@@ -39,7 +41,7 @@ class StepSums:
     @classmethod
     def of(cls, step: Step | None, stop: int, groups: Groups, num_sources: int) -> "StepSums":
         """Add up over the ranks: the one collective before a step's first forward. A rank without a step adds 0."""
-        counts = torch.zeros(5 + len(PARTS) + num_sources, dtype=torch.float64)
+        counts = torch.zeros(6 + len(PARTS) + num_sources, dtype=torch.float64)
         if step is not None:
             counts[:] = torch.tensor([step.label_weight, *_counts(step)], dtype=torch.float64)
         stops = torch.zeros(STOP_CODES, dtype=torch.float64)
@@ -48,12 +50,13 @@ class StepSums:
         mine = torch.cat([counts * (groups.tensor_rank == 0), stops])
         total = groups.sum_over_world(mine.to(groups.device))
         weight, valid, rest = total[0], total[1 : 1 + len(PARTS)], total[1 + len(PARTS) :].tolist()
-        tokens, positions, images, unusable, *documents = map(int, rest[:-STOP_CODES])
+        tokens, positions, labels, images, unusable, *documents = map(int, rest[:-STOP_CODES])
         return cls(
             label_weight=weight,
             valid_tokens=dict(zip(PARTS, valid.unbind(), strict=True)),
             tokens=tokens,
             positions=positions,
+            labels=labels,
             images=images,
             unusable=unusable,
             documents=documents,
@@ -62,7 +65,7 @@ class StepSums:
 
 
 def _counts(step: Step) -> list[float]:
-    """Valid tokens by part, tokens, positions, images, unusable samples, documents by source."""
+    """Valid tokens by part, tokens, positions, labels, images, unusable samples, documents by source."""
     batches = step.micro_batches
     documents = torch.zeros(batches[0].num_sources, dtype=torch.int64)
     for batch in batches:
@@ -72,6 +75,7 @@ def _counts(step: Step) -> list[float]:
         *(step.valid_tokens[part] for part in PARTS),
         sum(int((batch.kind != TokenKind.PADDING).sum()) for batch in batches),
         sum(batch.kind.numel() for batch in batches),
+        sum(int((batch.weights > 0).sum()) for batch in batches),
         sum(int(batch.image_valid.sum()) for batch in batches),
         len(step.ledger),
         *documents.tolist(),

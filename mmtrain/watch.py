@@ -164,7 +164,7 @@ class Watch:
     def _flops(self, sums: StepSums) -> float:
         """Model FLOPs of a step (mmtrain.model.build); the mean causal context is taken as half a pack."""
         context = self._recipe.data.sequence_length / 2
-        return training_flops(self._recipe.model, sums.tokens, sums.images, float(sums.label_weight), context)
+        return training_flops(self._recipe.model, sums.tokens, sums.images, float(sums.labels), context)
 
     def _write_ledger(self, step: int, data: Step) -> None:
         """Append the unusable samples of all ranks to OUT/ledger.jsonl."""

@@ -20,6 +20,7 @@ __all__ = [
     "Eval",
     "Guard",
     "Log",
+    "LossWeights",
     "Matching",
     "Model",
     "Moe",
@@ -52,6 +53,16 @@ class Source:
     """Relative share of tokens, image tokens included; 0 switches an inherited source off."""
     max_epochs: float = 0.0
     """Passes over it at most, the others share its place afterwards; 0 for no limit."""
+
+
+@dataclass(frozen=True)
+class LossWeights:
+    """What a target counts in the training loss, by what it can be told from. Held-out losses weigh every target 1."""
+
+    after_image: float = 1.0
+    """Targets with an image before them in their own document: captions, and answers about an image."""
+    text_only: float = 1.0
+    """Targets without one: text documents, and what stands before a document's first image."""
 
 
 @dataclass(frozen=True)
@@ -100,6 +111,8 @@ class Data:
     skip_packs: list[int] = field(default_factory=list)
     """Packs of the stream (from 0; step t, from 1, begins at (t - 1) * global_batch) that stay planned but are served
     as padding without weight, so that no other pack moves."""
+    loss_weights: LossWeights = field(default_factory=LossWeights)
+    """How text that has seen an image and text that has not share the gradient of what both train."""
     workers: int = 1
     """Processes of each rank that read and decode; 0 decodes in the training process."""
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from mmtrain.config.schema import LossWeights
 from mmtrain.config.tokens import TokenKind
 from mmtrain.data.image import Canvas, decode_image
 from mmtrain.data.pack import Cut
@@ -107,7 +108,12 @@ def lay_out(document: Document, cut: Cut | None, shape: Shape, image_id: int) ->
     return Laid(np.concatenate(rows), np.concatenate(masks), pixels, starts)
 
 
-def collate_pack(slots: Sequence[Slot], shape: Shape, image_id: int, pad_id: int) -> PackArrays:
+EVEN = LossWeights()
+
+
+def collate_pack(
+    slots: Sequence[Slot], shape: Shape, image_id: int, pad_id: int, loss_weights: LossWeights = EVEN
+) -> PackArrays:
     """One pack from what stands at its places, in order. A bad sample's place is padding of the same length."""
     length = shape.length
     tokens = np.full(length, pad_id, np.int32)
@@ -125,15 +131,16 @@ def collate_pack(slots: Sequence[Slot], shape: Shape, image_id: int, pad_id: int
         if slot.laid is not None:
             row, mask = slot.laid.tokens, slot.laid.supervised
             tokens[begin:end] = row
-            # What stands at t predicts t + 1, inside the document only.
-            labels[begin : end - 1] = np.where(mask[1:], row[1:], 0)
-            weights[begin : end - 1] = mask[1:]
             document_ids[begin:end] = number
             positions[begin:end] = np.arange(slot.length)
             kind[begin:end] = TokenKind.TEXT
             for start in slot.laid.starts:
                 kind[begin + start : begin + start + shape.image_tokens] = TokenKind.IMAGE
                 starts.append(begin + start)
+            # What stands at t predicts t + 1, inside the document only, and from images up to t.
+            seen = np.logical_or.accumulate(kind[begin : end - 1] == TokenKind.IMAGE)
+            weights[begin : end - 1] = mask[1:] * np.where(seen, loss_weights.after_image, loss_weights.text_only)
+            labels[begin : end - 1] = np.where(weights[begin : end - 1] > 0, row[1:], 0)
             source_ids[begin:end] = slot.source
             panels.append(slot.laid.panels)
         begin = end

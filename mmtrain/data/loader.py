@@ -14,7 +14,7 @@ from mmtrain.config.layout import lane_problems, share_problems
 from mmtrain.config.schema import Recipe, Source
 from mmtrain.config.tokens import TokenKind
 from mmtrain.data.batch import canvas_of, stack
-from mmtrain.data.collate import Shape
+from mmtrain.data.collate import EVEN, Shape
 from mmtrain.data.index import Shard, check_index, index_paths, open_folder
 from mmtrain.data.ordering import Planned, Sizer
 from mmtrain.data.plan import Plan, Planner
@@ -60,8 +60,8 @@ class Loader:
     ) -> None:
         """Open the shards of `sources` (default: the recipe's) and continue after `cursor`, if given.
 
-        `finite_batches`: end after as many global batches, with each sample at most once and empty packs when they run
-        out (evaluation). ConfigError or DataError if layout, shards or cursor do not fit.
+        `finite_batches`: end after as many global batches, with each sample at most once, every target of weight 1 and
+        empty packs when they run out (evaluation). ConfigError or DataError if layout, shards or cursor do not fit.
         """
         shared = share_problems(recipe.data, data_size, f"data size {data_size}")
         if problems := [*lane_problems(recipe.data), *shared]:
@@ -81,6 +81,7 @@ class Loader:
             tuple(self._sources),
             recipe.data.cache,
             int(recipe.data.cache_gib * 2**30),
+            EVEN if finite_batches is not None else recipe.data.loss_weights,
         )
         self._reader = Reader(self._spec, tokenizer)
         self._pool = WorkerPool(self._spec, recipe.data.workers) if recipe.data.workers else None

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from mmtrain.config.errors import DataError
+from mmtrain.config.schema import LossWeights
 from mmtrain.data.cache import ShardCache, default_folder
-from mmtrain.data.collate import PackArrays, Shape, Slot, collate_pack, lay_out
+from mmtrain.data.collate import EVEN, PackArrays, Shape, Slot, collate_pack, lay_out
 from mmtrain.data.columns import Index
 from mmtrain.data.documents import BadSample, decode_document
 from mmtrain.data.index import read_index
@@ -41,6 +42,8 @@ class ReaderSpec:
     """Folder for copies of remote shards; empty for the default."""
     cache_bytes: int = 0
     """Bytes that they take at most."""
+    loss_weights: LossWeights = EVEN
+    """What targets count."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +95,8 @@ class Reader:
                     "`python -m tools.make_shards wds FOLDER --tokenizer F`"
                 )
             slots.append(Slot(entry.key, planned.source, planned.tokens, laid))
-        arrays = collate_pack(slots, self._spec.shape, self._tokenizer.image_id, self._tokenizer.pad_id)
+        ids = self._tokenizer.image_id, self._tokenizer.pad_id
+        arrays = collate_pack(slots, self._spec.shape, *ids, self._spec.loss_weights)
         return ReadPack(arrays, ledger)
 
     def _index(self, path: str) -> Index:

@@ -4,7 +4,7 @@ import pytest
 
 from mmtrain.config.check import check, problems
 from mmtrain.config.errors import ConfigError
-from mmtrain.config.schema import Eval, Matching, Moe, Source, Upcycle, UpcyclePart
+from mmtrain.config.schema import Eval, LossWeights, Matching, Moe, Source, Upcycle, UpcyclePart
 from tests.config.sample import RECIPE, changed
 
 EXPERTS = {f"model__{part}__moe": Moe(num_experts=4, top_k=2) for part in ("vision", "connector", "decoder")}
@@ -34,6 +34,14 @@ ONE_RANK = [
         "data.window=5000: with 1 sources at most 3399 documents, so that the state of the stream stays below 64 KiB",
     ),
     ({"data__cache_gib": 0.0}, "data.cache_gib=0.0 must be above 0"),
+    (
+        {"data__loss_weights": LossWeights(0.0, 0.0)},
+        "data.loss_weights: after_image and text_only are both 0, so nothing would be learnt; raise one of them",
+    ),
+    (
+        {"data__loss_weights": LossWeights(-1.0, 1.0)},
+        "data.loss_weights.after_image=-1.0 must not be negative; 0 is the least",
+    ),
     ({"data__skip_packs": [0, -1]}, "data.skip_packs=[0, -1]: every number must be at least 0"),
     ({"data__sources": {"a": Source("x", -1.0)}}, "data.sources.a.weight=-1.0 must not be negative; 0 is the least"),
     ({"mup__base": {"decoder": {"hidden_size": 0}}}, "mup.base.decoder.hidden_size=0 must be above 0"),

@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mmtrain.config.schema import LossWeights
 from mmtrain.config.tokens import TokenKind
 from mmtrain.data.batch import batch_documents, stack
 from mmtrain.data.collate import Laid, PackArrays, Shape, Slot, collate_pack, lay_out
@@ -100,6 +101,28 @@ def test_labels_end_with_their_document() -> None:
     assert pack.weights[:6].tolist() == [1, 1, 0, 1, 0, 0]
     assert pack.positions[:6].tolist() == [0, 1, 2, 0, 1, 0]
     assert pack.document_ids[:6].tolist() == [0, 0, 0, 1, 1, -1]
+
+
+def test_targets_count_by_whether_an_image_stands_before_them_in_their_document() -> None:
+    mixed, captioned, plain = (
+        slot(words(11, 12), image(9), words(13, 14)),
+        slot(image(9), words(21)),
+        slot(words(31, 32)),
+    )
+    weights = LossWeights(after_image=0.5, text_only=2.0)
+    pack = collate_pack([mixed, captioned, plain], SHAPE, IMAGE_ID, PAD_ID, weights)
+    gap = [0.0] * (M - 1)
+    expected = [2.0, 0.0, *gap, 0.5, 0.5, 0.0, *gap, 0.5, 0.0, 2.0, 0.0]
+    assert pack.weights[: len(expected)].tolist() == expected and not pack.weights[len(expected) :].any()
+    even = collate_pack([mixed, captioned, plain], SHAPE, IMAGE_ID, PAD_ID)
+    assert ((even.weights > 0) == (pack.weights > 0)).all() and (even.labels == pack.labels).all()
+
+
+def test_a_target_that_counts_nothing_is_no_label() -> None:
+    slots = [slot(image(9), words(21)), slot(words(31, 32))]
+    pack = collate_pack(slots, SHAPE, IMAGE_ID, PAD_ID, LossWeights(text_only=0.0))
+    assert pack.weights.sum() == 1 and pack.labels[pack.weights > 0].tolist() == [21]
+    assert not pack.labels[pack.weights == 0].any()
 
 
 def test_a_document_without_targets_is_fine() -> None:

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from mmtrain.config.errors import ConfigError, DataError
-from mmtrain.config.schema import Data, Eval, Recipe, Source
+from mmtrain.config.schema import Data, Eval, LossWeights, Recipe, Source
 from mmtrain.config.tokens import TokenKind
 from mmtrain.data import pool
 from mmtrain.data.index import build_index, open_folder, read_index, write_index
@@ -285,6 +285,22 @@ def test_measuring_never_skips_the_packs_of_training(folder: Path) -> None:
     assert [packs(step) for step in found] == [
         packs(step) for step in steps(make(folder), sources=held_out, finite_batches=2)
     ]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_text_after_an_image_counts_as_the_recipe_says_in_training_alone(folder: Path, workers: int) -> None:
+    plain, weighted = make(folder), make(folder, workers=workers, loss_weights=LossWeights(3.0, 0.5))
+    factors = set()
+    for step, twin in zip(steps(weighted), steps(plain), strict=True):
+        for batch, even in zip(step.micro_batches, twin.micro_batches, strict=True):
+            assert batch.labels.equal(even.labels) and batch.tokens.equal(even.tokens)
+            factors |= set(batch.weights[even.weights > 0].tolist())
+            assert not batch.weights[even.weights == 0].any()
+        assert step.label_weight == sum(float(batch.weights.sum()) for batch in step.micro_batches)
+    assert factors == {3.0, 0.5}
+    held_out = {"captions": Source(str(folder / "captions"))}
+    measured = [steps(recipe, sources=held_out, finite_batches=2) for recipe in (weighted, plain)]
+    assert [packs(step) for step in measured[0]] == [packs(step) for step in measured[1]]
 
 
 def test_too_many_bad_samples_stop_the_run(tmp_path: Path) -> None:

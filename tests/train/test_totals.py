@@ -35,6 +35,7 @@ def test_sums_of_a_step(make: Callable[..., Recipe], tmp_path: Path) -> None:
     sums = StepSums.of(step, 2, alone(), step.micro_batches[0].num_sources)
     batches = step.micro_batches
     assert float(sums.label_weight) == sum(float(batch.weights.sum()) for batch in batches) > 0
+    assert sums.labels == sum(int((batch.weights > 0).sum()) for batch in batches)
     assert sums.positions == 4 * 80
     assert sums.tokens == sum(int((batch.kind != int(TokenKind.PADDING)).sum()) for batch in batches) < 320
     images = sum(int(batch.image_valid.sum()) for batch in batches)
