@@ -91,7 +91,7 @@ class Engine:
     ) -> None:
         """engine: an initialised DeepSpeed engine around the cut and filled model. on_runs: see split_sequence."""
         self._engine, self._groups, self._optim = engine, groups, recipe.optim
-        self._whole = recipe.parallel.zero_stage == 0
+        self._whole = engine.zero_optimization_stage() == 0
         names = {id(parameter): name for name, parameter in parameters(engine.module)}
         stage, offload = engine.zero_optimization_stage(), recipe.parallel.offload_optimizer
         self._state = zero_state(stage, engine, names, offload)

@@ -2,7 +2,7 @@
 
 | precision | stage | optimizer class that DeepSpeed picks | gradient sums |
 |---|---|---|---|
-| fp32 | 0 | the torch optimizer itself | fp32, whole on every rank |
+| fp32 | 0; 1 and 2 on one data rank | the torch optimizer itself | fp32, whole on every rank |
 | fp32, bf16 | 1 | DeepSpeedZeroOptimizer (bf16: with gradients sharded, as in stage 2) | fp32 |
 | fp32, bf16 | 2 | DeepSpeedZeroOptimizer | fp32, sharded |
 | fp32, bf16 | 3 | DeepSpeedZeroOptimizer_Stage3 | fp32, sharded |
@@ -25,7 +25,7 @@ def zero_config(parallel: Parallel, mesh: Mesh) -> dict[str, Any]:
     if problems := list(engine_problems(parallel)):
         raise ConfigError("\n".join(problems))
     bf16 = parallel.precision == "bf16"
-    stage = 2 if bf16 and parallel.zero_stage == 1 else parallel.zero_stage
+    stage = built_stage(parallel, mesh)
     zero: dict[str, Any] = {
         "stage": stage,
         "contiguous_gradients": True,
@@ -57,6 +57,17 @@ def zero_config(parallel: Parallel, mesh: Mesh) -> dict[str, Any]:
         config["bf16"] = {"enabled": True}
         config["data_types"] = {"grad_accum_dtype": "fp32"}
     return config
+
+
+def built_stage(parallel: Parallel, mesh: Mesh) -> int:
+    """The stage that DeepSpeed is built with for a recipe's `zero_stage`; the numbers are the same.
+
+    On one data rank stages 1 and 2 have nothing to shard, but would still copy each gradient into buckets and back.
+    """
+    if parallel.precision == "bf16":
+        return max(2, parallel.zero_stage)
+    alone = mesh.data == 1 and parallel.zero_stage < 3 and not parallel.offload_optimizer
+    return 0 if alone else parallel.zero_stage
 
 
 BUCKET = 50_000_000

@@ -16,6 +16,17 @@ def test_accumulation_divisor_and_clipping_are_not_deepspeeds(stage: int) -> Non
     assert config["zero_optimization"]["stage"] == stage
 
 
+@pytest.mark.parametrize("stage", [1, 2])
+def test_one_data_rank_has_nothing_to_shard(stage: int) -> None:
+    """Two tensor ranks; ZeRO-3 stays, whose parameters are partitioned when they are filled."""
+    alone = Mesh(2, 2)
+    assert zero_config(Parallel(zero_stage=stage, tensor=2), alone)["zero_optimization"]["stage"] == 0
+    assert zero_config(Parallel(zero_stage=3, tensor=2), alone)["zero_optimization"]["stage"] == 3
+    for option in ({"offload_optimizer": True}, {"precision": "bf16"}):
+        config = zero_config(Parallel(zero_stage=stage, tensor=2, **option), alone)
+        assert config["zero_optimization"]["stage"] >= stage
+
+
 def test_bf16_accumulates_and_communicates_in_fp32() -> None:
     for stage in (1, 2, 3):
         config = zero_config(Parallel(zero_stage=stage, precision="bf16"), Mesh(1))

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from launch.entry import setup
 from mmtrain.config.schema import Moe
 from mmtrain.model.mlp import Activation, Mlp
 from mmtrain.model.moe import SparseMlp
@@ -128,6 +129,7 @@ def measure(shape: Shape, seconds: float) -> dict[str, float]:
 
 def main() -> None:
     """Parse, measure, print."""
+    setup()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=2, help="CPU threads")
     parser.add_argument("--seconds", type=float, default=40, help="time of each shape, warm-up apart")
