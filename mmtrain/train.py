@@ -130,7 +130,7 @@ def run(
                 # Before the checkpoint: once the last one is there, the same command has nothing left to do.
                 watch.summarise(time.perf_counter() - started, guard)
             if stopped or step == total_steps or step % recipe.checkpoint.every == 0:
-                watch.save(step, routers, data.cursor, guard)
+                watch.save(step, routers, data.cursor, guard, last=bool(stopped) or step == total_steps)
             if stopped:
                 log.info("%s: stopped after step %d: %s", recipe.name, step, stop_reason(stopped))
                 break

@@ -199,8 +199,8 @@ class Watch:
         self._heart.at(self._step, "waiting for the checkpoint")
         self._saver.settle()
 
-    def save(self, step: int, routers: RouterState, cursor: Mapping[str, Any], guard: Guard) -> None:
-        """Start a checkpoint. Collective."""
+    def save(self, step: int, routers: RouterState, cursor: Mapping[str, Any], guard: Guard, last: bool) -> None:
+        """Start a checkpoint. Collective. last: nothing changes the weights any more."""
         engine, mesh = self._built.engine, self._groups.mesh
         held_out = self._measured.held_out.get("all", math.nan) if self._measured else math.nan
         measured = {HELD_OUT: held_out} if math.isfinite(held_out) else {}
@@ -220,7 +220,7 @@ class Watch:
             guard=guard.as_json(),
         )
         with self.paused("save"):
-            self._saver.save(step, engine.pieces(), state, self._tokenizer_files)
+            self._saver.save(step, engine.pieces(), state, self._tokenizer_files, last)
 
     def summarise(self, seconds: float, guard: Guard) -> None:
         """Draw the plots and write report.json. Collective."""

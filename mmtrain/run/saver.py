@@ -74,19 +74,25 @@ class Saver:
         self._host: dict[str, torch.Tensor] = {}
 
     def save(
-        self, step: int, pieces: Iterable[Piece], state: RunState, files: Mapping[str, bytes] | None = None
+        self,
+        step: int,
+        pieces: Iterable[Piece],
+        state: RunState,
+        files: Mapping[str, bytes] | None = None,
+        last: bool = False,
     ) -> None:
         """Start saving this rank's `pieces` as of `step`; wait for the save before, if that is still being written.
 
         `state` and `files` (name -> content, e.g. tokenizer.json) are rank 0's. The tensors may change as soon as
-        this returns. A failure of the save before was a loud line already and is forgotten here.
+        this returns; after the `last` save of a run, only after `wait`: what lies in host memory is not copied then.
+        A failure of the save before was a loud line already and is forgotten here.
         """
         self.settle()
         tmp = retain.step_folder(self.run_dir, step).with_suffix(".tmp")
         self._failure = self._fresh(tmp) if self.comm.rank == 0 else ""
         if self.comm.all_gather_object(self._failure)[0]:
             return
-        job = _Job(step, self._to_host(pieces), state, files or {}, tmp)
+        job = _Job(step, self._to_host(pieces, last), state, files or {}, tmp)
         self._thread = threading.Thread(target=self._run, args=(job,), name=f"save step {step}")
         self._thread.start()
 
@@ -130,8 +136,13 @@ class Saver:
             return _loud(tmp, error)
         return ""
 
-    def _to_host(self, pieces: Iterable[Piece]) -> list[tuple[Entry, torch.Tensor]]:
-        """Copies of the pieces, in host memory that is kept from save to save: new pages cost more than the copy."""
+    def _to_host(self, pieces: Iterable[Piece], last: bool) -> list[tuple[Entry, torch.Tensor]]:
+        """Copies of the pieces, in host memory that is kept from save to save: new pages cost more than the copy.
+
+        The last save frees that memory first, and takes pieces that lie in host memory as they are.
+        """
+        if last:
+            self._host.clear()
         copies: list[tuple[Entry, torch.Tensor]] = []
         numbers: Counter[tuple[str, str]] = Counter()
         pinned = False
@@ -142,6 +153,9 @@ class Saver:
                 continue
             numbers[piece.kind, piece.name] += 1
             entry = Entry.of(piece, numbers[piece.kind, piece.name])
+            if last and not live.is_cuda and live.is_contiguous():
+                copies.append((entry, live))
+                continue
             copy = self._host.get(entry.key)
             if copy is None or copy.shape != live.shape or copy.dtype != live.dtype:
                 copy = torch.empty(live.shape, dtype=live.dtype, pin_memory=live.is_cuda)

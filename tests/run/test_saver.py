@@ -77,6 +77,22 @@ def test_training_goes_on_while_the_thread_writes(tmp_path, monkeypatch):
     assert open_checkpoint(tmp_path / "step_00000002").read("w").tolist() == [1, 1, 1, 1]
 
 
+def test_the_last_save_needs_no_second_copy(tmp_path, monkeypatch):
+    held = []
+    write = saver.write_shard
+    monkeypatch.setattr(saver, "write_shard", lambda path, pieces: write(path, held.extend(pieces) or pieces))
+    live = torch.arange(8.0)
+    save = Saver(tmp_path, SingleProcess())
+    save.save(1, [whole("w", live)], STATE)
+    save.save(2, [whole("w", live + 1)], STATE, last=True)
+    save.save(3, [whole("w", live), whole("v", live[:6:2])], STATE, last=True)
+    save.wait()
+    copies = [values.untyped_storage().data_ptr() == live.untyped_storage().data_ptr() for _, values in held]
+    assert copies == [False, False, True, False]  # a copy, another, itself, not contiguous
+    assert open_checkpoint(tmp_path / "step_00000002").read("w").tolist() == (live + 1).tolist()
+    assert open_checkpoint(tmp_path / "step_00000003").read("v").tolist() == [0, 2, 4]
+
+
 def no_space(*_, **__):
     raise OSError(errno.ENOSPC, "No space left on device")
 
