@@ -289,5 +289,7 @@ def _initialize(
 def _optimizer(optim: Optim, settings: list[dict[str, Any]]) -> torch.optim.Optimizer:
     """The torch optimizer that DeepSpeed wraps."""
     if optim.name == "adamw":
-        return torch.optim.AdamW(settings, lr=optim.lr, betas=(optim.beta1, optim.beta2), eps=optim.eps)
+        # On a CPU torch's default makes two temporaries of a whole flat group in every step; its fused kernel none.
+        fused = all(parameter.device.type == "cpu" for group in settings for parameter in group["params"]) or None
+        return torch.optim.AdamW(settings, lr=optim.lr, betas=(optim.beta1, optim.beta2), eps=optim.eps, fused=fused)
     return torch.optim.SGD(settings, lr=optim.lr)

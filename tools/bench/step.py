@@ -137,7 +137,7 @@ def bare_step(recipe, batch) -> Callable[[], None]:
     model = VisionLanguageModel(recipe.model)
     initialize(model, Registry.build(model, model, recipe.mup), recipe.seed)
     optim = recipe.optim
-    optimizer = torch.optim.AdamW(model.parameters(), optim.lr, (optim.beta1, optim.beta2), optim.eps)
+    optimizer = torch.optim.AdamW(model.parameters(), optim.lr, (optim.beta1, optim.beta2), optim.eps, fused=True)
     valid = dict.fromkeys(PARTS, float(batch.tokens.numel()))
     inputs = first_inputs(recipe.model, float(batch.weights.sum()), valid)
 
