@@ -1,0 +1,103 @@
+"""A chain of stages, with what it took: losses, tokens/s, and the peak memory of all its processes together.
+
+    python -m tools.bench.stages RECIPES... [key=value ...] [--ranks N] [--save NAME]
+
+Runs launch/stages.py recipe by recipe and adds up, twice a second at most, the memory of every process that it
+starts: launcher, ranks, readers (proportional set size: a page that several processes share counts once). What a stage
+took lies in OUT/measured.json; a stage that is done already is read from there. Prints one JSON line.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from launch.entry import positive, run, setup
+from tools.bench.record import ROOT, tell
+
+INTERVAL = 0.5  # seconds between two looks; a look at a process of some GiB takes some hundredths of a second itself
+MEASURED = "measured.json"
+
+
+def main() -> int:
+    setup()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("arguments", nargs="+", metavar="RECIPE | key=value")
+    parser.add_argument("--ranks", type=positive, default=2, help="processes of each stage")
+    parser.add_argument("--save", default="", metavar="NAME", help="keep the line as results/NAME.json too")
+    options = parser.parse_intermixed_args()
+    from mmtrain.config.load import load
+
+    recipes = [argument for argument in options.arguments if "=" not in argument]
+    overrides = [argument for argument in options.arguments if "=" in argument]
+    stages = []
+    for recipe in recipes:
+        out = Path(load(recipe, overrides).out)
+        command = [sys.executable, str(ROOT / "launch/stages.py"), recipe, *overrides, "--ranks", str(options.ranks)]
+        if not (out / MEASURED).exists():
+            peak, processes = peak_gib(command)
+            (out / MEASURED).write_text(json.dumps(stage(out, peak, processes)) + "\n")
+        stages.append({"recipe": recipe, **json.loads((out / MEASURED).read_text())})
+    tell({"bench": options.save or "stages", "ranks": options.ranks, "stages": stages}, save=bool(options.save))
+    return 0
+
+
+def peak_gib(command: list[str]) -> tuple[float, int]:
+    """Run `command`; (highest memory of all its processes together in GiB, most processes at once)."""
+    from mmtrain.config.errors import DataError
+
+    process = psutil.Popen(command, stdout=sys.stderr)
+    peak, most = 0, 0
+    while process.poll() is None:
+        time.sleep(INTERVAL)
+        sizes = [size for size in map(own_bytes, family(process)) if size]
+        peak, most = max(peak, sum(sizes)), max(most, len(sizes))
+    if process.returncode:
+        raise DataError(f"{subprocess.list2cmdline(command)} ended with code {process.returncode}; run it again")
+    return peak / 2**30, most
+
+
+def family(process: psutil.Process) -> list[psutil.Process]:
+    """The process and all that it has started; none when it has just ended."""
+    try:
+        return [process, *process.children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return []
+
+
+def own_bytes(process: psutil.Process) -> int:
+    """Proportional set size; 0 for a process that has just ended."""
+    try:
+        return process.memory_full_info().pss
+    except (psutil.NoSuchProcess, psutil.AccessDenied):
+        return 0
+
+
+def stage(out: Path, peak: float, processes: int) -> dict[str, Any]:
+    """What a stage that ended has left in its folder, beside what was seen of its memory."""
+    from mmtrain.run.metrics import read_metrics
+    from mmtrain.run.report import NAME
+
+    report = json.loads((out / NAME).read_text())
+    lines = read_metrics(out / "metrics.jsonl")
+    rates = sorted(line["tokens_per_second"] for line in lines[1:])  # the first holds what starts once
+    return {
+        "steps": report["steps"],
+        "parameters": report["parameters"],
+        "language_loss": {line["step"]: round(line["language_loss"], 4) for line in lines},
+        "tokens": report["tokens"],
+        "tokens_per_second": round(rates[len(rates) // 2], 1) if rates else None,
+        "seconds": round(report["timings"]["total_seconds"], 1),
+        "peak_gib_all_processes": round(peak, 2),
+        "processes": processes,
+        "peak_gib_largest_rank": round(report["peak_memory_gib"], 2),
+    }
+
+
+if __name__ == "__main__":
+    run(main)
