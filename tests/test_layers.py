@@ -33,7 +33,7 @@ DOOR = {
     "megatron": "mmtrain/parallel/",
     "deepspeed": "mmtrain/parallel/",
     "wandb": "mmtrain/run/",
-    "transformers": (ONE_FILE, "tools/fetch_smollm2.py", "tools/compare_hf.py"),
+    "transformers": (ONE_FILE, "tools/fetch_smollm2.py", "tools/compare_hf.py", "tools/ask_hf.py"),
     "optuna": "mmtrain/sweep/study.py",
 }
 """Heavy library -> the only files or folders that import it."""

@@ -1,9 +1,10 @@
 """A checkpoint against transformers: the same text from both, token by token, and the same perplexity.
 
-    python -m tools.compare_hf CHECKPOINT HF_FOLDER [--text FILE.jsonl] [--tokens N]
+    python -m tools.compare_hf CHECKPOINT HF_FOLDER [--text FILE.jsonl] [--tokens N] [--save NAME]
 
 HF_FOLDER is where the checkpoint's decoder came from, or what it was exported to as a decoder; an upcycled checkpoint
-without noise compares with the dense folder as well. --text: JSON lines with a key `text`.
+without noise compares with the dense folder as well. --text: JSON lines with a key `text`. Prints one JSON line; 1 when
+texts differ, or logits by more than 1e-4.
 """
 
 import argparse
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.entry import positive, run, setup
+from tools.bench.record import tell
 
 PROMPTS = (
     "The capital of France is",
@@ -22,6 +24,7 @@ PROMPTS = (
     "Water boils when",
 )
 NEW_TOKENS = 50
+TOLERANCE = 1e-4  # absolute, of logits
 CHUNK = 512
 
 
@@ -32,12 +35,15 @@ def main() -> int:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--text", type=Path, help="JSON lines whose perplexity both print")
     parser.add_argument("--tokens", type=positive, default=2 * CHUNK, help="tokens of the text to read")
+    parser.add_argument("--save", default="", metavar="NAME", help="keep the line as tools/bench/results/NAME.json too")
     arguments = parser.parse_args()
-    return compare(arguments.checkpoint, arguments.folder, arguments.text, arguments.tokens)
+    result = compare(arguments.checkpoint, arguments.folder, arguments.text, arguments.tokens)
+    tell({"bench": arguments.save or "compare_hf", **result}, bool(arguments.save))
+    return int(result["equal_continuations"] < len(PROMPTS) or result["largest_logit_difference"] > TOLERANCE)
 
 
-def compare(checkpoint: Path, folder: Path, text: Path | None, count: int) -> int:
-    """Print one JSON line; 1 when texts differ or logits by more than 1e-4."""
+def compare(checkpoint: Path, folder: Path, text: Path | None, count: int) -> dict[str, Any]:
+    """Texts, logits and perplexities of both."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -46,7 +52,7 @@ def compare(checkpoint: Path, folder: Path, text: Path | None, count: int) -> in
     ours = open_inference(checkpoint)
     theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     theirs.generation_config.eos_token_id = None
-    result: dict[str, Any] = {"checkpoint": str(ours.folder), "folder": str(folder), "prompts": len(PROMPTS)}
+    result: dict[str, Any] = {"prompts": len(PROMPTS)}
     same = 0
     difference = 0.0
     for prompt in PROMPTS:
@@ -65,8 +71,7 @@ def compare(checkpoint: Path, folder: Path, text: Path | None, count: int) -> in
             result["perplexity_transformers"] = _perplexity(rows, lambda ids: theirs(ids).logits)
         result["perplexity_mmtrain"] = _perplexity(rows, lambda ids: _logits(ours, ids))
         result["tokens"] = sum(len(row) - 1 for row in rows)
-    print(json.dumps(result))
-    return int(same < len(PROMPTS) or difference > 1e-4)
+    return result
 
 
 def _batch(ours: Any, ids: Any) -> Any:
