@@ -1,21 +1,25 @@
 """Peak memory of reading a large public checkpoint: every tensor of a synthetic Llama, one at a time, in fp32.
 
-    python -m tools.bench.import_memory [--billions 3] [--out FOLDER]
+    python -m tools.bench.import_memory [--billions 3] [--experts E] [--out FOLDER] [--save]
 
 The shards are sparse files: they have their full length and take no room on a disk. With --out the checkpoint is
-written as well, as `tools.convert hf-to-mm` does (4 bytes a parameter). Prints one JSON line.
+written as well, as `tools.convert hf-to-mm` does (4 bytes a parameter), and removed again. With --experts each MLP
+becomes that many experts on the way (co-upcycling). Prints one JSON line.
 """
 
 import argparse
 import json
 import resource
+import shutil
 import struct
 import tempfile
 import time
+from math import prod
 from pathlib import Path
 from typing import Any
 
 from launch.entry import run, setup
+from tools.bench.record import tell
 
 WIDTH, HEADS, KV_HEADS, FFN, VOCAB = 3072, 24, 8, 8192, 128256  # Llama-3.2-3B's; its 28 layers give 3.2 billion
 LAYERS_A_SHARD = 8
@@ -25,13 +29,16 @@ def main() -> int:
     setup()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--billions", type=float, default=3.0, help="parameters, about")
-    parser.add_argument("--out", type=Path, help="folder for the checkpoint")
+    parser.add_argument("--experts", type=int, default=0, metavar="E", help="upcycle every MLP into E experts, top-2")
+    parser.add_argument("--out", type=Path, help="new folder for the checkpoint")
+    parser.add_argument("--save", action="store_true", help="keep the line in tools/bench/results too")
     arguments = parser.parse_args()
     per_layer = 2 * WIDTH * WIDTH * (HEADS + KV_HEADS) // HEADS + 3 * WIDTH * FFN
     layers = max(1, round((arguments.billions * 1e9 - VOCAB * WIDTH) / per_layer))
     with tempfile.TemporaryDirectory() as folder:
         size = synthetic(Path(folder), layers)
-        print(json.dumps(measure(Path(folder), size, arguments.out)))
+        result = measure(Path(folder), size, arguments.experts, arguments.out)
+    tell({"bench": "import_memory", **result}, arguments.save)
     return 0
 
 
@@ -91,7 +98,7 @@ def _sparse_shard(path: Path, tensors: dict[str, tuple[int, ...]]) -> int:
     return offset // 2
 
 
-def measure(folder: Path, size: int, out: Path | None) -> dict[str, Any]:
+def measure(folder: Path, size: int, experts: int, out: Path | None) -> dict[str, Any]:
     """Make every tensor of the decoder, or write the checkpoint; memory of this process before and at its peak."""
     from mmtrain.assemble import blueprint
     from mmtrain.config.load import load
@@ -104,21 +111,27 @@ def measure(folder: Path, size: int, out: Path | None) -> dict[str, Any]:
     (folder / "recipe.yaml").write_text("name: import\nout: unused\n")
     tower = ["model.vision.num_layers=1", "model.vision.hidden_size=64", "model.vision.num_heads=1"]
     tower += ["model.vision.intermediate_size=64", "model.connector.hidden_size=64", "model.connector.depth=1"]
+    if experts:
+        tower += [f"model.decoder.moe.num_experts={experts}", "upcycle.decoder.noise=0"]
     recipe = load(folder / "recipe.yaml", [f"model.decoder.pretrained={folder}", *tower])
     _, registry = blueprint(recipe)
     before = _peak_gib()
     started = time.perf_counter()
     weights = Weights(recipe, registry, SingleProcess())
     tensors = ((name, weights.make(name, Box.whole(shape))) for name, shape in stored_shapes(registry).items())
+    written = 0
     if out is None:
-        largest = max(value.numel() for _, value in tensors)
+        for _ in tensors:
+            pass
     else:
-        largest = max(registry[name].shape[0] * registry[name].shape[-1] for name in registry.entries)
-        write_whole(out, 0, tensors, RunState(0, "", {"world": 1}, registry.hash()), {})
+        made = write_whole(out, 0, tensors, RunState(0, "", {"world": 1}, registry.hash()), {})
+        written = sum(path.stat().st_size for path in made.iterdir())
+        shutil.rmtree(made)
     return {
-        "parameters": size,
-        "written": out is not None,
-        "largest_tensor_gib_fp32": round(4 * largest / 2**30, 2),
+        "parameters_read": size,
+        "experts": experts,
+        "gib_written": round(written / 2**30, 2),
+        "gib_largest_tensor": round(max(4 * prod(entry.shape) for entry in registry.entries.values()) / 2**30, 2),
         "gib_before": before,
         "peak_gib": _peak_gib(),
         "seconds": round(time.perf_counter() - started, 1),
