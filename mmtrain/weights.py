@@ -10,9 +10,18 @@ import torch
 
 from mmtrain.config.errors import CheckpointError, ConfigError
 from mmtrain.config.load import load
-from mmtrain.config.schema import PARTS, Recipe, Vision
+from mmtrain.config.schema import PARTS, Moe, Recipe, Vision
 from mmtrain.convert.source import Pretrained
-from mmtrain.model.upcycle import Experts, source_of, upcycled
+from mmtrain.model.upcycle import (
+    Experts,
+    Shared,
+    dense_shape,
+    grouped_rows,
+    routed_part,
+    shared_part,
+    source_of,
+    upcycled,
+)
 from mmtrain.model.vision import interpolate_positions
 from mmtrain.mup.init import initial, initial_expert
 from mmtrain.mup.registry import Registry, is_expert
@@ -22,6 +31,8 @@ from mmtrain.run.manifest import shortened
 from mmtrain.run.reader import Reader, open_weights
 from mmtrain.run.saver import RECIPE
 from mmtrain.run.weights import plan_weights
+
+ROUTER = ".router.weight"
 
 
 def stored_shapes(registry: Registry) -> dict[str, tuple[int, ...]]:
@@ -55,9 +66,13 @@ class Weights:
         if self._source is not None:
             given = self._source.shapes()
             origins = {name: source_of(name, given) for name in shapes}
-            named = {name: origin.name for name, origin in origins.items() if isinstance(origin, Experts)}
+            made = {
+                name: (origin.name, dense_shape(origin, shapes[name], self._moe(name)))
+                for name, origin in origins.items()
+                if isinstance(origin, Experts | Shared)
+            }
             label = "init_from" if recipe.init_from else self.label
-            self._plan = plan_weights(shapes, given, named, label=label)
+            self._plan = plan_weights(shapes, given, made, label=label)
             self._check_upcycle()
             self._check_pretrained()
             self.report = self._plan.report(shapes, given)
@@ -92,9 +107,16 @@ class Weights:
             if name in self._plan.loaded:
                 return self._source.read(self._plan.loaded[name], box=box).float()
             if name in self._plan.upcycled:
-                return self._experts(name, box)
+                return self._experts(name, box) if is_expert(name) else self._shared(name, box)
             if name in self._plan.interpolated:
                 return self._positions(name)[box.slices()]
+            if name.removesuffix(ROUTER) + ".experts.up" in self._plan.upcycled:
+                whole = self._drawn(name, Box.whole(self._registry[name].shape))
+                return grouped_rows(whole, self._moe(name))[box.slices()]
+        return self._drawn(name, box)
+
+    def _drawn(self, name: str, box: Box) -> torch.Tensor:
+        """Initial values by muP's rule."""
         entry, seed = self._registry[name], self._recipe.seed
         if is_expert(name):
             shape, inner = entry.shape[1:], box.slices()[1:]
@@ -102,15 +124,25 @@ class Weights:
             return torch.stack([initial_expert(name, entry, shape, expert, seed)[inner] for expert in numbers])
         return initial(name, entry, entry.shape, seed)[box.slices()]
 
+    def _moe(self, name: str) -> Moe:
+        """The experts of the tensor's part."""
+        return getattr(self._recipe.model, name.partition(".")[0]).moe
+
     def _experts(self, name: str, box: Box) -> torch.Tensor:
-        """This rank's experts, each a copy of the dense tensor, cut along the other dimensions."""
-        dense = self._source.read(self._plan.upcycled[name]).float()
+        """This rank's experts, each a copy or a slice of the dense tensor, cut along the other dimensions."""
+        origin, moe = self._plan.upcycled[name], self._moe(name)
+        dense = self._source.read(origin).float()
         noise = getattr(self._recipe.upcycle, name.partition(".")[0]).noise
-        copies = (
-            upcycled(name, dense, expert, noise, self._recipe.seed)[box.slices()[1:]]
+        parts = (
+            upcycled(name, routed_part(origin, dense, expert, moe), expert, noise, self._recipe.seed)[box.slices()[1:]]
             for expert in range(box.start[0], box.stop[0])
         )
-        return torch.stack(list(copies))
+        return torch.stack(list(parts))
+
+    def _shared(self, name: str, box: Box) -> torch.Tensor:
+        """This rank's box of a shared expert's tensor."""
+        origin = self._plan.upcycled[name]
+        return shared_part(origin, self._source.read(origin).float(), self._moe(name))[box.slices()]
 
     def _positions(self, name: str) -> torch.Tensor:
         """Positions of the source's grid on this model's grid."""

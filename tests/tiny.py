@@ -21,7 +21,8 @@ PERIOD = 6
 
 
 def recipe(optimizer: str = "adamw", parallel: Parallel = Parallel(), experts: int = 4) -> Recipe:  # noqa: B008
-    """Wider than BASE in every part; CuMo's router losses; clipping in every step, by the global norm with AdamW and by
+    """Wider than BASE in every part; experts beside a shared one in vision, and narrow ones in the decoder; CuMo's
+    router losses; clipping in every step, by the global norm with AdamW and by
     each part's own with SGD; weight decay; multipliers not 1."""
     moe = Moe(num_experts=experts, top_k=2, balance_coef=0.1, z_coef=0.01)
     model = Model(
@@ -33,7 +34,7 @@ def recipe(optimizer: str = "adamw", parallel: Parallel = Parallel(), experts: i
             num_heads=4,
             intermediate_size=64,
             select_layer=-2,
-            moe=replace(moe, every=2),
+            moe=replace(moe, every=2, shared=1, routed_scale=0.8),
         ),
         connector=Connector(kind="c_abstractor", num_tokens=4, hidden_size=24, depth=1, moe=moe),
         decoder=Decoder(
@@ -46,7 +47,7 @@ def recipe(optimizer: str = "adamw", parallel: Parallel = Parallel(), experts: i
             intermediate_size=48,
             qk_norm=True,
             attention_bias=True,
-            moe=moe,
+            moe=replace(moe, granularity=2, shared=1, routed_scale=1.2),
         ),
     )
     adam = Optim(name="adamw", lr=2e-3, weight_decay=0.1, eps=1e-4, clip=0.5, schedule="constant", warmup_steps=2)

@@ -5,8 +5,9 @@ from collections.abc import Iterator, Sequence
 from fnmatch import fnmatchcase
 
 from mmtrain.config.errors import ConfigError
+from mmtrain.config.experts import expert_problems, upcycle_problems
 from mmtrain.config.keys import exists, hint, leaves, sections, together
-from mmtrain.config.layout import divides, layout_problems, multiples, sparse_parts
+from mmtrain.config.layout import divides, layout_problems, multiples
 from mmtrain.config.schema import PARTS, Model, Recipe
 from mmtrain.config.stream import stream_problems
 
@@ -18,6 +19,7 @@ AT_LEAST_ONE = (
     "model.*.head_dim",
     "model.*.moe.top_k",
     "model.*.moe.every",
+    "model.*.moe.granularity",
     "model.connector.num_tokens",
     "data.sequence_length",
     "data.max_images",
@@ -41,6 +43,7 @@ ABOVE_ZERO = (
     "model.*.norm_eps",
     "model.*.rope_theta",
     "model.*.rope_scaling.*",
+    "model.*.moe.routed_scale",
     "data.cache_gib",
     "optim.lr",
     "optim.eps",
@@ -125,7 +128,7 @@ def _model(model: Model) -> Iterator[str]:
     yield from _vision(model)
     yield from _connector(model)
     yield from _decoder(model)
-    yield from _experts(model)
+    yield from expert_problems(model)
 
 
 def _vision(model: Model) -> Iterator[str]:
@@ -179,23 +182,6 @@ def _decoder(model: Model) -> Iterator[str]:
         )
 
 
-def _experts(model: Model) -> Iterator[str]:
-    """Experts of each part."""
-    layers = {"vision": model.vision.built_layers(), "connector": 1, "decoder": model.decoder.num_layers}
-    for part, moe in sparse_parts(model):
-        where = f"model.{part}.moe"
-        if moe.top_k > moe.num_experts:
-            yield (
-                f"{where}.top_k={moe.top_k} is more than {where}.num_experts={moe.num_experts}; "
-                f"the nearest is {moe.num_experts}"
-            )
-        if part != "connector" and 0 < layers[part] < moe.every:
-            yield (
-                f"{where}.every={moe.every}: the part has {layers[part]} layers, so none would hold experts; "
-                f"the nearest is {layers[part]}"
-            )
-
-
 def _start(recipe: Recipe) -> Iterator[str]:
     """Where weights come from."""
     model = recipe.model
@@ -210,24 +196,7 @@ def _start(recipe: Recipe) -> Iterator[str]:
         )
     if not recipe.trainable:
         yield "trainable is empty, so nothing would learn; trainable: ['*'] trains everything"
-    for part in PARTS:
-        if getattr(recipe.upcycle, part) is None:
-            continue
-        if not getattr(recipe.model, part).moe.num_experts:
-            yield (
-                f"upcycle.{part} makes experts, but model.{part}.moe.num_experts=0; give model.{part}.moe.num_experts, "
-                f"or set upcycle.{part} to null"
-            )
-        if not getattr(recipe.model, part).moe.renormalize:
-            yield (
-                f"upcycle.{part} keeps the dense function only where gates sum to 1, but model.{part}.moe.renormalize="
-                "false; set it to true"
-            )
-        if not recipe.init_from and not getattr(recipe.model, part).pretrained:
-            yield (
-                f"upcycle.{part} copies dense weights, but init_from is empty; give init_from=DENSE_CHECKPOINT or "
-                f"model.{part}.pretrained=FOLDER"
-            )
+    yield from upcycle_problems(recipe)
 
 
 def _length(recipe: Recipe) -> Iterator[str]:

@@ -39,10 +39,14 @@ def _tensor(model: Model, tensor: int) -> Iterator[str]:
         "model.vision.intermediate_size": vision.intermediate_size,
         "model.decoder.num_heads": decoder.num_heads,
         "model.decoder.intermediate_size": decoder.intermediate_size,
-        "model.decoder.hidden_size": decoder.hidden_size,  # the width inside the connector's MLP
+        hidden_width(model, "connector")[0]: hidden_width(model, "connector")[1],
     }
     if connector.kind == "attention_pool":
         shared["model.connector.num_heads"] = connector.num_heads
+    for part, moe in sparse_parts(model):
+        key, width = hidden_width(model, part)
+        if moe.granularity > 1 and width % moe.granularity == 0:
+            shared[f"{key} / model.{part}.moe.granularity"] = moe.expert_width(width)
     for key, size in shared.items():
         if size % tensor:
             yield f"{key}={size} is not a multiple of parallel.tensor={tensor}; tensor sizes that fit: {divisors(size)}"
@@ -70,6 +74,13 @@ def _sequence(recipe: Recipe) -> Iterator[str]:
             "other; set it to false, or parallel.tensor to 2 or more"
         )
     yield from divides("data.sequence_length", length, "parallel.tensor", tensor)
+
+
+def hidden_width(model: Model, part: str) -> tuple[str, int]:
+    """Key and value of the hidden width that a dense MLP of the part has."""
+    if part == "connector":
+        return "model.decoder.hidden_size", model.decoder.hidden_size
+    return f"model.{part}.intermediate_size", getattr(model, part).intermediate_size
 
 
 def _experts(recipe: Recipe) -> Iterator[str]:

@@ -18,7 +18,15 @@ class Moe:
     num_experts: int = 0
     """Experts in each sparse layer; 0 leaves the part dense."""
     top_k: int = 2
-    """Experts that each token visits."""
+    """Routed experts that each token visits."""
+    granularity: int = 1
+    """Experts are this many times narrower than a dense MLP of the part (arXiv:2402.07871): width / granularity."""
+    shared: int = 0
+    """Always-on experts beside the routed ones (DeepSeekMoE, arXiv:2401.06066), held as one MLP of `shared` times an
+    expert's width."""
+    routed_scale: float = 1.0
+    """Factor on the routed experts' weighted sum (DeepSeek's routed_scaling_factor). Slices of a dense MLP need the
+    number of slices: see mmtrain.model.upcycle."""
     renormalize: bool = True
     """Whether a token's gates sum to 1; false keeps the softmax over all experts as it is (OLMoE)."""
     every: int = 1
@@ -33,6 +41,10 @@ class Moe:
     """Coefficient of the router z-loss (ST-MoE, arXiv:2202.08906). CuMo 0.01, MM1 0.001."""
     bias_rate: float = 0.001
     """Step of the loss-free router bias; read when balance is bias."""
+
+    def expert_width(self, dense: int) -> int:
+        """Hidden width of an expert where a dense MLP has `dense`."""
+        return dense // self.granularity
 
     def is_sparse(self, layer: int) -> bool:
         """Whether layer `layer` (from 0) holds experts."""
@@ -54,7 +66,7 @@ class Vision:
     num_heads: int = 16
     """Attention heads; head size = hidden_size / num_heads."""
     intermediate_size: int = 4096
-    """Width inside the MLP (of each expert, when sparse)."""
+    """Width inside the MLP (of each expert, when sparse; see moe.granularity)."""
     activation: Literal["gelu", "gelu_tanh", "quick_gelu"] = "gelu"
     """Non-linearity of the MLP; CLIP uses quick_gelu, SigLIP gelu_tanh."""
     pixel_norm: Literal["clip", "half"] = "clip"
@@ -139,7 +151,7 @@ class Decoder:
     head_dim: int = 128
     """Width of a head."""
     intermediate_size: int = 14336
-    """Width inside the SwiGLU MLP (of each expert, when sparse)."""
+    """Width inside the SwiGLU MLP (of each expert, when sparse; see moe.granularity)."""
     norm: Literal["rms", "layer", "crms"] = "rms"
     """RMSNorm, LayerNorm, or CRMSNorm (RMSNorm of mean-free inputs, arXiv:2305.14858)."""
     norm_eps: float = 1e-5

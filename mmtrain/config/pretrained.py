@@ -286,11 +286,16 @@ def _experts(family: str, config: Json, problems: list[str]) -> dict[str, Any]:
     step, alone = config.get("decoder_sparse_step", 1), config.get("mlp_only_layers") or []
     if alone:
         problems.append(f"mlp_only_layers {alone} are dense out of turn")
-    width = config.get("moe_intermediate_size", config["intermediate_size"])
-    if step > 1 and width != config["intermediate_size"]:
-        problems.append(f"moe_intermediate_size {width} is not intermediate_size {config['intermediate_size']}")
+    width, dense = config.get("moe_intermediate_size", config["intermediate_size"]), config["intermediate_size"]
+    if step == 1:
+        dense = width  # there is no dense MLP
+    elif dense % width:
+        problems.append(f"intermediate_size {dense} is no multiple of moe_intermediate_size {width}")
     return {
-        "intermediate_size": width,
+        "intermediate_size": dense,
+        "moe.granularity": dense // width,
+        "moe.shared": 0,
+        "moe.routed_scale": 1.0,
         "moe.num_experts": config.get("num_experts", config["num_local_experts"]),
         "moe.top_k": config["num_experts_per_tok"],
         "moe.every": step,

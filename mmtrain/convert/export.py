@@ -36,7 +36,8 @@ def export(reader: Reader, out: Path, form: Form = "auto", dtype: Literal["fp32"
 
     form   decoder: the language model alone, as Llama, Mistral, Qwen2, Qwen3, Mixtral, Qwen3-MoE or OLMoE; llava; own:
            with its own code; auto: llava where that holds the model, else own.
-    muP's factors go into the weights of public classes, and stay factors in our own. Tensor by tensor, in `dtype`.
+    Factors of the forward (muP's, experts') go into the weights of public classes, and stay factors in our own. Tensor
+    by tensor, in `dtype`.
     ConfigError: the model is not of that form, or `out` is not empty.
     """
     recipe = load(reader.folder / RECIPE)
@@ -116,7 +117,7 @@ def _mapped(reader: Reader, table: Table, fold: Callable[[str, torch.Tensor], to
         if origin.experts:
             for number, theirs in enumerate(origin.names):
                 box = Box((number,) + (0,) * (len(shape) - 1), (number + 1, *shape[1:]))
-                yield Item(theirs, shape[1:], lambda name=name, box=box: reader.read(name, box=box)[0])
+                yield Item(theirs, shape[1:], lambda name=name, box=box: fold(name, reader.read(name, box=box)[0]))
         elif origin.row:
             yield Item(origin.names[0], shape[1:], lambda name=name: reader.read(name)[0])
         else:
@@ -124,7 +125,7 @@ def _mapped(reader: Reader, table: Table, fold: Callable[[str, torch.Tensor], to
 
 
 class _Fold:
-    """Puts muP's factors of the forward into weights. Plain factors change nothing."""
+    """Puts the forward's factors, muP's and the experts' own, into weights. Plain factors change nothing."""
 
     def __init__(self, recipe: Recipe, scales: Scales) -> None:
         model = recipe.model
@@ -133,6 +134,7 @@ class _Fold:
             "vision": _ratio(scales.attention_vision, model.vision.hidden_size // model.vision.num_heads),
             "decoder": _ratio(scales.attention_decoder, model.decoder.head_dim),
         }
+        self._routed = model.decoder.moe.routed_scale
         self._embedding = scales.embedding
         self._norm = scales.output / (scales.embedding if model.decoder.tied else 1.0)  # a tied head grows with it
 
@@ -143,6 +145,8 @@ class _Fold:
             factor = self._embedding
         elif name == "decoder.norm.weight":
             factor = self._norm
+        elif name.endswith(".mlp.experts.down"):
+            factor = self._routed
         elif part in self._attention:
             normed = part == "decoder" and self._normed
             if name.endswith(".attention.q_norm.weight") or (".attention.q." in name and not normed):

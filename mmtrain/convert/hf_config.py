@@ -48,6 +48,8 @@ def decoder_family(decoder: Decoder, biased: bool) -> tuple[str, list[str]]:
     else:
         if decoder.attention_bias:
             reasons.append("experts and query biases together have no public class")
+        if decoder.moe.shared:
+            reasons.append("a shared expert beside routed ones has no public class here")
         family = {"": "mixtral", "head": "qwen3_moe", "all": "olmoe"}[over]
         if family != "qwen3_moe" and decoder.moe.every != 1:
             reasons.append(f"{family} has experts in every layer, this model in every {decoder.moe.every}.")
@@ -117,12 +119,15 @@ def decoder_config(decoder: Decoder, family: str, tokenizer: Tokenizer, dtype: s
         config["use_sliding_window"] = decoder.sliding_window > 0
         config["max_window_layers"] = 0
     if decoder.moe.num_experts:
+        width = decoder.moe.expert_width(decoder.intermediate_size)
+        if family != "qwen3_moe":
+            config["intermediate_size"] = width
         key = "num_local_experts" if family == "mixtral" else "num_experts"
         config |= {key: decoder.moe.num_experts, "num_experts_per_tok": decoder.moe.top_k}
     if family in ("qwen3_moe", "olmoe"):
         config["norm_topk_prob"] = decoder.moe.renormalize
     if family == "qwen3_moe":
-        config |= {"decoder_sparse_step": decoder.moe.every, "moe_intermediate_size": decoder.intermediate_size}
+        config |= {"decoder_sparse_step": decoder.moe.every, "moe_intermediate_size": width}
     return config
 
 

@@ -97,12 +97,13 @@ class Experts(nn.Module):
 
 
 class SparseMlp(nn.Module):
-    """Each token visits top_k experts; the bias takes part in the choice alone."""
+    """Each token visits top_k experts, and the shared one; the bias takes part in the choice alone."""
 
-    def __init__(self, moe, *shape):
+    def __init__(self, moe, d_in, hidden, *rest):
         super().__init__()
-        self.moe = moe
-        self.router, self.experts = Router(shape[0], moe["num_experts"]), Experts(moe["num_experts"], *shape)
+        self.moe, width = moe, hidden // moe["granularity"]
+        self.router, self.experts = Router(d_in, moe["num_experts"]), Experts(moe["num_experts"], d_in, width, *rest)
+        self.shared = Mlp(d_in, moe["shared"] * width, *rest) if moe["shared"] else None
 
     def forward(self, x):
         tokens = x.flatten(0, -2)
@@ -112,7 +113,8 @@ class SparseMlp(nn.Module):
         gates = logits.gather(-1, chosen).softmax(-1)
         if not self.moe["renormalize"]:
             gates = logits.softmax(-1).gather(-1, chosen)
-        out = None
+        gates = gates * self.moe["routed_scale"]
+        out = None if self.shared is None else self.shared(tokens)
         for e in range(self.moe["num_experts"]):
             token, choice = (chosen == e).nonzero(as_tuple=True)
             rows = self.experts(tokens[token], e) * gates[token, choice].unsqueeze(-1).to(x.dtype)

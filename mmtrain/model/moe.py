@@ -1,6 +1,6 @@
 """Sparse mixture-of-experts feed-forward layer (arXiv:1701.06538), dropless; one for vision, connector and decoder.
 
-    route -> gather rows by expert -> experts -> weighted sum back to tokens
+    route -> gather rows by expert -> experts -> weighted sum back to tokens, plus what a shared expert makes of them
 
 k identical experts with any router are exactly the dense Mlp, because gates sum to 1. Only a Dispatcher knows where
 experts live; parallel/ supplies one that sends rows to other ranks and reuses the sort and the two moves of this file.
@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from mmtrain.config.schema import Moe
 from mmtrain.model.experts import Experts
-from mmtrain.model.mlp import Activation
+from mmtrain.model.mlp import Activation, Mlp
 from mmtrain.model.router import Router, RouterInput, choose, losses
 
 
@@ -134,13 +134,16 @@ class Routed(NamedTuple):
 
 
 class SparseMlp(nn.Module):
-    """Takes the place of Mlp: each token visits top_k of num_experts."""
+    """Takes the place of Mlp: shared(x) + routed_scale * the weighted sum of each token's top_k of num_experts."""
 
     def __init__(self, moe: Moe, d_in: int, hidden: int, d_out: int, activation: Activation, bias: bool) -> None:
+        """hidden: of the dense MLP; an expert has 1 / granularity of it."""
         super().__init__()
+        width = moe.expert_width(hidden)
         self.moe = moe
         self.router = Router(d_in, moe.num_experts)
-        self.experts = Experts(moe.num_experts, d_in, hidden, d_out, activation, bias)
+        self.experts = Experts(moe.num_experts, d_in, width, d_out, activation, bias)
+        self.shared = Mlp(d_in, moe.shared * width, d_out, activation, bias) if moe.shared else None
         self.dispatcher: Dispatcher = LocalDispatcher(moe.num_experts)
 
     def forward(self, x: torch.Tensor, valid: torch.Tensor, router_input: RouterInput) -> Routed:
@@ -150,6 +153,8 @@ class SparseMlp(nn.Module):
         """
         tokens = x.reshape(-1, x.shape[-1])
         choice = choose(self.moe, self.router(tokens), router_input.bias)
-        out = self.dispatcher(tokens, choice.expert_ids, choice.gates, self.experts)
+        out = self.dispatcher(tokens, choice.expert_ids, choice.gates * self.moe.routed_scale, self.experts)
+        if self.shared is not None:
+            out = out + self.shared(tokens)
         leading_rows = valid if valid.dim() > 1 else valid.unsqueeze(0)
         return Routed(out.view(*x.shape[:-1], -1), *losses(self.moe, choice, leading_rows, router_input))

@@ -4,6 +4,7 @@ from dataclasses import replace
 from typing import Any
 
 from mmtrain.config.errors import ConfigError
+from mmtrain.config.layout import hidden_width, multiples
 from mmtrain.config.schema import PARTS, Model, Mup
 from mmtrain.config.suggest import nearest
 from mmtrain.mup.roles import Scales
@@ -94,6 +95,12 @@ def _impossible(base: Model) -> list[str]:
             problems.append(
                 f"mup.base.{part}.num_experts: is {moe.num_experts}, but each token visits top_k {moe.top_k}; "
                 f"take at least {moe.top_k}"
+            )
+        key, width = hidden_width(base, part)
+        if moe.num_experts and width % moe.granularity:
+            problems.append(
+                f"mup.base: {key.removeprefix('model.')} is {width} there, no multiple of model.{part}.moe.granularity "
+                f"{moe.granularity}; {multiples(width, moe.granularity)}"
             )
     return problems
 

@@ -48,7 +48,7 @@ class WeightPlan:
     loaded: dict[str, str] = field(default_factory=dict)
     """Taken as they are."""
     upcycled: dict[str, str] = field(default_factory=dict)
-    """Experts, each a copy of one dense tensor."""
+    """Experts, each made of one dense tensor: a copy or a slice."""
     interpolated: dict[str, str] = field(default_factory=dict)
     """Positions of another grid."""
     fresh: list[str] = field(default_factory=list)
@@ -77,13 +77,14 @@ class WeightPlan:
 def plan_weights(
     target: Shapes,
     source: Shapes,
-    origins: Mapping[str, str] | None = None,
+    origins: Mapping[str, tuple[str, tuple[int, ...]]] | None = None,
     resized: Collection[str] = ("vision.positions",),
     label: str = "init_from",
 ) -> WeightPlan:
     """Decide where every tensor of `target` (name -> global shape) comes from.
 
-    origins   target name -> source name where they differ (model.upcycle's map); any other name stands for itself
+    origins   target name -> source name and the shape that it must have there, where tensors are made of others
+              (model.upcycle's map); any other name stands for itself
     resized   names whose first dimension may differ, because they are interpolated
     label     what errors call the source
 
@@ -93,17 +94,17 @@ def plan_weights(
     plan = WeightPlan()
     wrong = []
     for name, shape in target.items():
-        origin = origins.get(name, name)
+        origin, wanted = origins.get(name, (name, tuple(shape)))
         if origin not in source:
             plan.fresh.append(name)
             continue
-        wanted, given = tuple(shape), tuple(source[origin])
+        given = tuple(source[origin])
         if wanted == given:
-            plan.loaded[name] = origin
-        elif wanted[1:] == given and origin != name:
-            plan.upcycled[name] = origin
+            (plan.upcycled if name in origins else plan.loaded)[name] = origin
         elif name in resized and wanted[1:] == given[1:]:
             plan.interpolated[name] = origin
+        elif name in origins:
+            wrong.append(f"{name} is made of {list(wanted)}, {origin} in the checkpoint is {list(given)}")
         else:
             wrong.append(f"{name} is {list(wanted)}, {origin} in the checkpoint is {list(given)}")
     if wrong:

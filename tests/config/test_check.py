@@ -8,6 +8,7 @@ from mmtrain.config.schema import Eval, LossWeights, Matching, Moe, Source, Upcy
 from tests.config.sample import RECIPE, changed
 
 EXPERTS = {f"model__{part}__moe": Moe(num_experts=4, top_k=2) for part in ("vision", "connector", "decoder")}
+SLICED = {"upcycle": Upcycle(vision=UpcyclePart()), "init_from": "runs/dense"}
 
 
 def test_a_sound_recipe_has_no_problems():
@@ -95,6 +96,18 @@ ONE_RANK = [
         {"model__vision__moe": Moe(num_experts=2, every=3)},
         "model.vision.moe.every=3: the part has 2 layers, so none would hold experts; the nearest is 2",
     ),
+    ({"model__decoder__moe": Moe(num_experts=4, granularity=0)}, "model.decoder.moe.granularity=0 must be at least 1"),
+    ({"model__decoder__moe": Moe(4, routed_scale=0.0)}, "model.decoder.moe.routed_scale=0.0 must be above 0"),
+    (
+        {"model__vision__moe": Moe(num_experts=4, granularity=3)},
+        "model.vision.intermediate_size=64 is not a multiple of model.vision.moe.granularity=3; the nearest are 63 and "
+        "66",
+    ),
+    (
+        {"model__connector__moe": Moe(num_experts=4, granularity=3)},
+        "model.decoder.hidden_size=32 is not a multiple of model.connector.moe.granularity=3; the nearest are 30 "
+        "and 33",
+    ),
     # start
     (
         {"requires_pretrained": True},
@@ -120,6 +133,26 @@ ONE_RANK = [
         },
         "upcycle.vision keeps the dense function only where gates sum to 1, but model.vision.moe.renormalize="
         "false; set it to true",
+    ),
+    (
+        {**SLICED, "model__vision__moe": Moe(num_experts=7, granularity=4, shared=1, top_k=3, routed_scale=3.0)},
+        "upcycle.vision: model.vision.moe.num_experts=7 is not a multiple of the 3 slices of a dense MLP that routed "
+        "experts hold (granularity=4, shared=1); the nearest are 6 and 9",
+    ),
+    (
+        {**SLICED, "model__vision__moe": Moe(num_experts=8, granularity=4, top_k=2, routed_scale=4.0)},
+        "upcycle.vision: model.vision.moe.top_k=2 is not a multiple of the 4 slices of a dense MLP that routed experts "
+        "hold (granularity=4, shared=0); the nearest is 4",
+    ),
+    (
+        {**SLICED, "model__vision__moe": Moe(num_experts=8, granularity=2, shared=3)},
+        "upcycle.vision: model.vision.moe.shared=3 slices are more than the model.vision.moe.granularity=2 that a "
+        "dense MLP has; the nearest is 2",
+    ),
+    (
+        {**SLICED, "model__vision__moe": Moe(num_experts=4, shared=1)},
+        "upcycle.vision keeps the dense function with model.vision.moe.routed_scale=0.5 (granularity=1, shared=1), not "
+        "with 1",
     ),
     # data
     (
@@ -233,6 +266,12 @@ MANY_RANKS = [
         },
         2,
         "model.connector.num_heads=3 is not a multiple of parallel.tensor=2; tensor sizes that fit: 1, 3",
+    ),
+    (
+        {"model__decoder__moe": Moe(num_experts=4, granularity=64), "parallel__tensor": 2},
+        2,
+        "model.decoder.intermediate_size / model.decoder.moe.granularity=1 is not a multiple of parallel.tensor=2; "
+        "tensor sizes that fit: 1",
     ),
     (
         {"model__vision__moe": Moe(num_experts=3, top_k=1), "parallel__expert": 2},

@@ -70,9 +70,13 @@ DECODERS: dict[str, tuple[type[PreTrainedModel], Any]] = {
         Qwen3MoeForCausalLM,
         Qwen3MoeConfig(**BASE, **EXPERTS, head_dim=12, moe_intermediate_size=24, norm_topk_prob=True),
     ),
+    "qwen3_moe_every_2": (
+        Qwen3MoeForCausalLM,
+        Qwen3MoeConfig(**BASE, **EXPERTS, head_dim=12, decoder_sparse_step=2, moe_intermediate_size=24),
+    ),
     "olmoe": (OlmoeForCausalLM, OlmoeConfig(**BASE, num_experts=4, num_experts_per_tok=2)),
 }
-SPARSE = ("mixtral", "qwen3_moe", "olmoe")
+SPARSE = ("mixtral", "qwen3_moe", "qwen3_moe_every_2", "olmoe")
 
 TOWER: dict[str, Any] = {
     "hidden_size": 24,
@@ -92,8 +96,19 @@ WHOLE: dict[str, Any] = {
     "vision_config": CLIPVisionConfig(**TOWER),
     "image_token_index": IMAGE_ID,
 }
+SIGLIP = WHOLE | {"vision_config": SiglipVisionConfig(**TOWER), "vision_feature_select_strategy": "full"}
 WHOLES: dict[str, tuple[type[PreTrainedModel], Any]] = {
     "llava": (LlavaForConditionalGeneration, LlavaConfig(**WHOLE)),
+    "llava_siglip_tied": (
+        LlavaForConditionalGeneration,
+        LlavaConfig(
+            **SIGLIP | {"text_config": Qwen2Config(**BASE, tie_word_embeddings=True)}, tie_word_embeddings=True
+        ),
+    ),
+    "llava_mixtral": (
+        LlavaForConditionalGeneration,
+        LlavaConfig(**WHOLE | {"text_config": MixtralConfig(**BASE, **EXPERTS)}),
+    ),
     "llava_next": (LlavaNextForConditionalGeneration, LlavaNextConfig(**WHOLE)),
 }
 

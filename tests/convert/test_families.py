@@ -41,12 +41,13 @@ def test_a_whole_model_computes_what_transformers_computes(family, tmp_path, mon
     opened = open_inference(tmp_path / "mm")
     vision, connector = opened.recipe.model.vision, opened.recipe.model.connector
     assert (vision.select_layer, vision.final_norm, connector.kind, connector.num_tokens) == (-2, False, "mlp", 16)
+    assert opened.recipe.model.decoder.tied == (family == "llava_siglip_tied")
     images = torch.randint(0, 256, (2, 3, 28, 28), dtype=torch.uint8, generator=torch.Generator().manual_seed(3))
     ids = families.tokens(1, 60)
     ids[0, 5:21] = ids[0, 30:46] = families.IMAGE_ID
     batch = image_batch(ids, images, families.IMAGE_ID)
-    pixels = normalised(images, "clip")
-    if family == "llava":
+    pixels = normalised(images, "siglip" if "siglip" in family else "clip")
+    if family != "llava_next":
         with torch.no_grad():
             want = twin(input_ids=ids, pixel_values=pixels).logits
         assert greedy(opened.forward, batch, 2, NEW_TOKENS) == families.greedy_of(

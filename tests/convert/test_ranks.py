@@ -15,8 +15,8 @@ from tests.convert.cases import SMALL, image_batch, text_batch
 from tests.convert.test_families import TOLERANCE, normalised
 from tests.data.inputs import tokenizer
 
-NEW_TOKENS = 8
-"""Greedy tokens: every one is a round of collectives."""
+NEW_TOKENS = 32
+
 
 LAYOUTS = {
     "2 tensor ranks": (["parallel.tensor=2"], (*families.DECODERS, "llava")),

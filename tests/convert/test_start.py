@@ -3,13 +3,17 @@
 from dataclasses import replace
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
 from mmtrain.assemble import blueprint
 from mmtrain.config.check import check_model, problems
 from mmtrain.config.errors import ConfigError
 from mmtrain.config.load import dump, load
+from mmtrain.convert.export import export
 from mmtrain.inference import open_inference
 from mmtrain.model.vlm import VisionLanguageModel
+from mmtrain.run.reader import open_weights
 from tests.convert import families
 from tests.convert.cases import SMALL, all_logits, import_decoder, text_batch
 
@@ -86,6 +90,42 @@ def test_a_public_dense_decoder_becomes_sparse_in_one_command(folder, noise, tmp
     batch = text_batch(families.tokens(2, 30))
     difference = (all_logits(sparse.forward, batch) - all_logits(dense.forward, batch)).abs().max()
     assert difference <= 1e-4 if noise == 0.0 else difference > 1e-2
+
+
+MOE = "model.decoder.moe."
+NARROW = [MOE + "num_experts=8", MOE + "top_k=4", MOE + "granularity=4", MOE + "routed_scale=4"]
+SHARED = [MOE + "num_experts=6", MOE + "top_k=3", MOE + "granularity=4", MOE + "shared=1", MOE + "routed_scale=3"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "slices", "experts"), [(NARROW, 8, 8), (SHARED, 7, 6)], ids=["all slices routed", "one slice shared"]
+)
+def test_slices_of_a_public_dense_decoder_compute_what_it_computes(
+    folder, overrides, slices, experts, tmp_path, monkeypatch, capsys
+) -> None:
+    """In one command; and so do they in the class that they leave for, where the factor lies in the weights."""
+    dense = open_inference(import_decoder(monkeypatch, folder, tmp_path / "dense"))
+    given = ("upcycle.decoder.noise=0", *overrides)
+    sparse = open_inference(import_decoder(monkeypatch, folder, tmp_path / "sparse", *given))
+    said = capsys.readouterr().out.splitlines()[-1]
+    mlps, routers = 2 * 3 * 32 * 48, 2 * experts * 32
+    total = sum(parameter.numel() for parameter in dense._model.parameters()) - 2 * 84 * 32  # rows that pad to 384
+    assert said.endswith(
+        f": {total - mlps + mlps * slices // 4 + routers:,} parameters, {total + routers:,} active for a token "
+        f"(dense: {total:,})"
+    )
+    ids = families.tokens(2, 30)
+    want = all_logits(dense.forward, text_batch(ids))
+    assert (all_logits(sparse.forward, text_batch(ids)) - want).abs().max() <= 1e-4
+    reader = open_weights(tmp_path / "sparse")
+    if slices == experts:
+        assert export(reader, tmp_path / "out", "decoder") == "MixtralForCausalLM"
+        with torch.no_grad():
+            got = AutoModelForCausalLM.from_pretrained(tmp_path / "out")(ids).logits
+        assert (got - want).abs().max() <= 1e-4
+    else:
+        with pytest.raises(ConfigError, match="a shared expert beside routed ones has no public class here"):
+            export(reader, tmp_path / "out", "decoder")
 
 
 def test_experts_without_upcycle_are_refused(folder, tmp_path, monkeypatch) -> None:

@@ -84,6 +84,14 @@ def test_an_impossible_base_is_refused(base, message):
         base_model_config(MODEL, base)
 
 
+def test_a_base_whose_mlp_has_no_such_slices_is_refused():
+    narrow = replace(MODEL, decoder=replace(MODEL.decoder, moe=Moe(num_experts=4, granularity=4)))
+    width = MODEL.decoder.intermediate_size // 2 + 2
+    message = rf"mup.base: decoder.intermediate_size is {width} there, no multiple of model.decoder.moe.granularity 4; "
+    with pytest.raises(ConfigError, match=message):
+        base_model_config(narrow, {"decoder": {"intermediate_size": width}})
+
+
 def test_all_problems_are_listed_at_once():
     with pytest.raises(ConfigError) as caught:
         base_model_config(MODEL, {"vison": {}, "vision": {"depth": 2, "hidden_size": -1}})

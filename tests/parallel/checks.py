@@ -5,7 +5,7 @@ from dataclasses import replace
 import torch
 
 from mmtrain.config.schema import Moe, Optim, Parallel, Recipe
-from mmtrain.model.upcycle import Copy, Experts, Fresh, source_of
+from mmtrain.model.upcycle import Copy, Experts, Fresh, Shared, grouped_rows, routed_part, shared_part, source_of
 from mmtrain.optim.groups import param_groups
 from mmtrain.optim.schedule import lr_factor
 from mmtrain.parallel.box import Box
@@ -132,27 +132,33 @@ def own_eps(groups: Groups, parallel: Parallel, reference: Record) -> Record:
     return record
 
 
-UPCYCLED = (("vision",), ("connector",), ("decoder",), ("vision", "connector", "decoder"))
+PARTS = ("vision", "connector", "decoder")
+UPCYCLED = (("vision",), ("connector",), ("decoder",), PARTS)
 """Parts that become experts."""
+SLICED = Moe(num_experts=8, top_k=4, granularity=4, shared=2, routed_scale=2.0)
+"""Four copies of two routed slices, beside two slices that are shared."""
 
 
 def dense_recipe(parallel: Parallel) -> Recipe:
     """The tiny recipe without experts."""
     recipe = tiny.recipe("adamw", parallel)
-    return replace(recipe, model=replace(recipe.model, **_with_moe(recipe, ("vision", "connector", "decoder"), Moe())))
+    return replace(recipe, model=replace(recipe.model, **_with_moe(recipe, PARTS, Moe())))
 
 
 def _with_moe(recipe: Recipe, parts: tuple[str, ...], moe: Moe) -> dict[str, object]:
     return {part: replace(getattr(recipe.model, part), moe=moe) for part in parts}
 
 
-def upcycled(parallel: Parallel, groups: Groups) -> dict[tuple[str, ...], dict[str, object]]:
-    """Logits of models that are upcycled from one dense parent; routers of std 1, one expert that nobody chooses."""
+def upcycled(parallel: Parallel, groups: Groups) -> dict[object, dict[str, object]]:
+    """Logits of models that are upcycled from one dense parent; routers of std 1, one expert that nobody chooses.
+
+    The last one, under the key "sliced", has slices of the MLPs for experts, and shared ones, in all parts.
+    """
     dense, (_, parent) = dense_recipe(parallel), harness.parts_of(dense_recipe(parallel))
-    moe = Moe(num_experts=4, top_k=2, balance="bias")
+    copies = Moe(num_experts=4, top_k=2, balance="bias")
     packs = tiny.packs(dense.model, 0)
     found = {}
-    for parts in UPCYCLED:
+    for key, parts, moe in (*((parts, parts, copies) for parts in UPCYCLED), ("sliced", PARTS, SLICED)):
         recipe = replace(dense, model=replace(dense.model, **_with_moe(dense, parts, moe)))
         model, registry = harness.parts_of(recipe)
 
@@ -161,18 +167,21 @@ def upcycled(parallel: Parallel, groups: Groups) -> dict[tuple[str, ...], dict[s
                 case Copy(origin):
                     value = harness.start_values(parent, origin)
                 case Experts(origin):
-                    value = torch.stack([harness.start_values(parent, origin)] * moe.num_experts)
+                    own = harness.start_values(parent, origin)
+                    value = torch.stack([routed_part(origin, own, e, moe) for e in range(moe.num_experts)])  # noqa: B023
+                case Shared(origin):
+                    value = shared_part(origin, harness.start_values(parent, origin), moe)  # noqa: B023
                 case Fresh():
                     draw = torch.Generator().manual_seed(len(name))
-                    value = torch.randn(registry[name].shape, generator=draw)  # noqa: B023 - called in this turn only
+                    value = grouped_rows(torch.randn(registry[name].shape, generator=draw), moe)  # noqa: B023
             return value[box.slices()]
 
-        engine = Engine.build(model, recipe, groups, lambda named: param_groups(named, registry, recipe), make)  # noqa: B023
+        engine = Engine.build(model, recipe, groups, lambda named: param_groups(named, registry, recipe), make)  # noqa: B023 - all in this turn
         inputs = harness.inputs_of(recipe, packs)
         batch = tiny.collate(recipe.model, packs)
         counts = engine.evaluate(batch, inputs).counts
         logits = engine.evaluate(batch, inputs, torch.arange(tiny.GLOBAL_BATCH * tiny.SEQUENCE))
-        found[parts] = {"logits": logits.cpu(), "counts": {part: value.cpu() for part, value in counts.items()}}
+        found[key] = {"logits": logits.cpu(), "counts": {part: value.cpu() for part, value in counts.items()}}
     return found
 
 

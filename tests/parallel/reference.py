@@ -96,11 +96,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None, scale: float
 def mlp(params: Params, name: str, x: Tensor, valid: Tensor, part: str, act: str, model: Model, routing, shares):
     """Dense or sparse feed-forward of [..., d]; valid marks the tokens that router losses see."""
     if f"{name}.router.weight" not in params:
-        if act == "swiglu":
-            return affine(
-                params, f"{name}.down", F.silu(affine(params, f"{name}.gate", x)) * affine(params, f"{name}.up", x)
-            )
-        return affine(params, f"{name}.down", ACT[act](affine(params, f"{name}.up", x)))
+        return dense(params, name, x, act)
     moe: Moe = getattr(model, part).moe
     rows, good = x.flatten(0, -2), valid.flatten()
     logits = rows @ params[f"{name}.router.weight"].T
@@ -115,7 +111,9 @@ def mlp(params: Params, name: str, x: Tensor, valid: Tensor, part: str, act: str
     out = torch.zeros(rows.shape[0], rows.shape[1] if part != "connector" else model.decoder.hidden_size, dtype=x.dtype)
     for e in range(moe.num_experts):
         gate = (gates * (ids == e)).sum(-1, keepdim=True)
-        out = out + gate * expert(params, name, e, rows, act)
+        out = out + moe.routed_scale * gate * expert(params, name, e, rows, act)
+    if moe.shared:
+        out = out + dense(params, f"{name}.shared", rows, act)
     n = shares.valid[part]
     routing.z[part].append((torch.logsumexp(logits, -1).square() * good).sum() / n)
     f = shares.load[part][layer]
@@ -127,6 +125,12 @@ def mlp(params: Params, name: str, x: Tensor, valid: Tensor, part: str, act: str
 
 
 ACT = {"gelu": lambda x: 0.5 * x * (1 + torch.erf(x / math.sqrt(2))), "silu": lambda x: x * torch.sigmoid(x)}
+
+
+def dense(params: Params, name: str, x: Tensor, act: str) -> Tensor:
+    up = affine(params, f"{name}.up", x)
+    hidden = ACT["silu"](affine(params, f"{name}.gate", x)) * up if act == "swiglu" else ACT[act](up)
+    return affine(params, f"{name}.down", hidden)
 
 
 def expert(params: Params, name: str, e: int, x: Tensor, act: str) -> Tensor:

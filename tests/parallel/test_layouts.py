@@ -98,6 +98,7 @@ def test_upcycled_logits_are_those_of_the_dense_parent(layout) -> None:
             for part, counts in found["counts"].items():
                 assert (counts[:, tiny.UNUSED] == 0).all()
                 assert (counts.max(1).values > 1.05 * counts[:, : tiny.UNUSED].min(1).values).all(), (part, counts)
+        assert (rank["upcycled"]["sliced"]["logits"] - wanted).abs().max() <= 1e-5
 
 
 def test_own_state_loads_to_the_bit(layout) -> None:

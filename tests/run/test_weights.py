@@ -54,13 +54,14 @@ SOURCE = {
     "vision.blocks.1.mlp.up.weight": (16, 8),
     "decoder.head.weight": (10, 8),
 }
-ORIGINS = {f"vision.blocks.{i}.mlp.experts.up": f"vision.blocks.{i}.mlp.up.weight" for i in range(2)}
+NAMES = {f"vision.blocks.{i}.mlp.experts.up": f"vision.blocks.{i}.mlp.up.weight" for i in range(2)}
+ORIGINS = {name: (origin, (16, 8)) for name, origin in NAMES.items()}
 
 
 def test_the_plan_says_where_each_tensor_comes_from():
     plan = plan_weights(TARGET, SOURCE, ORIGINS)
     assert plan.loaded == {"vision.blocks.0.norm1.weight": "vision.blocks.0.norm1.weight"}
-    assert plan.upcycled == ORIGINS
+    assert plan.upcycled == NAMES
     assert plan.interpolated == {"vision.positions": "vision.positions"}
     assert plan.fresh == ["vision.blocks.0.mlp.router.weight", "vision.blocks.1.mlp.router.weight"]
     assert plan.unused == ["decoder.head.weight"]
@@ -88,6 +89,12 @@ def test_a_shape_that_does_not_fit_names_both():
         CheckpointError, match=r"init_from: 1 shapes do not fit: w is \[2, 3\], w in the checkpoint is \[2, 4\]"
     ):
         plan_weights({"w": (2, 3), "v": (1,)}, {"w": (2, 4), "v": (1,)})
+
+
+def test_slices_need_a_dense_tensor_of_the_width_that_they_add_up_to():
+    origins = {name: (origin, (32, 8)) for name, (origin, _) in ORIGINS.items()}
+    with pytest.raises(CheckpointError, match=r"2 shapes do not fit: vision.*.mlp.experts.up is made of \[32, 8\]"):
+        plan_weights(TARGET, SOURCE, origins)
 
 
 def test_an_empty_match_is_refused():
