@@ -133,11 +133,11 @@ class Weights:
         origin, moe = self._plan.upcycled[name], self._moe(name)
         dense = self._source.read(origin).float()
         noise = getattr(self._recipe.upcycle, name.partition(".")[0]).noise
-        parts = (
-            upcycled(name, routed_part(origin, dense, expert, moe), expert, noise, self._recipe.seed)[box.slices()[1:]]
-            for expert in range(box.start[0], box.stop[0])
-        )
-        return torch.stack(list(parts))
+        out = torch.empty(box.shape)  # filled one by one: a list and its stack would be all experts twice
+        for row, expert in zip(out, range(box.start[0], box.stop[0]), strict=True):
+            part = routed_part(origin, dense, expert, moe)
+            row.copy_(upcycled(name, part, expert, noise, self._recipe.seed)[box.slices()[1:]])
+        return out
 
     def _shared(self, name: str, box: Box) -> torch.Tensor:
         """This rank's box of a shared expert's tensor."""

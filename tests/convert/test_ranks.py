@@ -16,11 +16,11 @@ from tests.convert.test_families import TOLERANCE, normalised
 from tests.data.inputs import tokenizer
 
 NEW_TOKENS = 32
-
+WHOLES = ("llava", "llava_siglip_tied", "llava_mixtral")
 
 LAYOUTS = {
-    "2 tensor ranks": (["parallel.tensor=2"], (*families.DECODERS, "llava")),
-    "2 expert ranks": (["parallel.expert=2"], families.SPARSE),
+    "2 tensor ranks": (["parallel.tensor=2"], (*families.DECODERS, *WHOLES)),
+    "2 expert ranks": (["parallel.expert=2"], (*families.SPARSE, "llava_mixtral")),
 }
 
 
@@ -28,7 +28,7 @@ LAYOUTS = {
 def twins(tmp_path_factory):
     """Family -> (recipe, overrides), batches, and transformers' logits and text."""
     made = {}
-    for family in (*families.DECODERS, "llava"):
+    for family in (*families.DECODERS, *WHOLES):
         kind, config = families.DECODERS.get(family) or families.WHOLES[family]
         twin = families.random_twin(kind, config)
         folder = families.save(twin, tmp_path_factory.mktemp(family))
@@ -37,13 +37,13 @@ def twins(tmp_path_factory):
         ids, prompt = families.tokens(2, 24), families.tokens(2, 9, seed=2)
         batches, more, overrides = [text_batch(ids), text_batch(prompt)], {}, SMALL
         parts = ["decoder"]
-        if family == "llava":
+        if family in WHOLES:
             ids = prompt = families.tokens(1, 40)
             ids[0, 5:21] = families.IMAGE_ID
             images = torch.randint(0, 256, (1, 3, 28, 28), dtype=torch.uint8)
             batches, more = (
                 [image_batch(ids, images, families.IMAGE_ID)] * 2,
-                {"pixel_values": normalised(images, "clip")},
+                {"pixel_values": normalised(images, "siglip" if "siglip" in family else "clip")},
             )
             parts, overrides = ["vision", "connector", "decoder"], []
         overrides = [*overrides, *(f"model.{part}.pretrained={folder}" for part in parts)]
