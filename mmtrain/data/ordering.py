@@ -6,21 +6,23 @@ ordinal = epoch * samples + place in the epoch.
 """
 
 import hashlib
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from itertools import accumulate, repeat, starmap
+from itertools import accumulate, repeat
+from operator import attrgetter
 from typing import NamedTuple
 
 import numpy as np
 
+from mmtrain.config.schema import Data
 from mmtrain.config.seed import derive
 from mmtrain.config.tokens import TokenKind
 from mmtrain.data.columns import Columns, Index
 from mmtrain.data.image import Canvas
 from mmtrain.data.index import Shard
-from mmtrain.data.pack import Cut
-from mmtrain.data.record import IndexEntry, Segment
+from mmtrain.data.pack import Cut, cut_document
+from mmtrain.data.record import IndexEntry
 
 OPEN_BLOCKS = 3
 """Blocks that are remembered, with their indexes: the one being drawn and those that waiting documents came from."""
@@ -43,24 +45,19 @@ class Sizer(NamedTuple):
     image_tokens: int
     """Decoder tokens of one panel."""
 
-    def panels(self, segment: Segment) -> int:
-        """Canvases that the segment needs: 0 for text."""
-        return self.canvas.panels(segment.width, segment.height) if segment.kind == TokenKind.IMAGE else 0
-
-    def tokens(self, segment: Segment) -> int:
-        """Positions that the segment takes."""
-        return segment.tokens + self.panels(segment) * self.image_tokens
+    def segments(self, columns: Columns) -> tuple[np.ndarray, np.ndarray]:
+        """Positions and panels of every segment, [segments] int64 each; panels are 0 for text."""
+        larger = (columns["segment_width"] > self.canvas.width) | (columns["segment_height"] > self.canvas.height)
+        panels = np.where(columns["segment_kind"] == TokenKind.IMAGE, 1 + self.canvas.sub_images * larger, 0)
+        return columns["segment_tokens"] + panels * self.image_tokens, panels
 
     def rooms(self, columns: Columns) -> tuple[np.ndarray, np.ndarray]:
         """Positions and panels of every sample, [samples] int64 each; 0 for unusable ones."""
-        larger = (columns["segment_width"] > self.canvas.width) | (columns["segment_height"] > self.canvas.height)
-        panels = np.where(columns["segment_kind"] == TokenKind.IMAGE, 1 + self.canvas.sub_images * larger, 0)
-        tokens = columns["segment_tokens"] + panels * self.image_tokens
         ends = columns["segment_end"]
         usable = ~columns.unusable
         of_tokens, of_panels = (
             np.diff(np.concatenate([[0], np.cumsum(values, dtype=np.int64)])[ends], prepend=0) * usable
-            for values in (tokens, panels)
+            for values in self.segments(columns)
         )
         return of_tokens, of_panels
 
@@ -89,12 +86,28 @@ class Planned(NamedTuple):
 
 
 class Block(NamedTuple):
-    """Neighbours in drawing order."""
+    """Neighbours in drawing order: documents, and stretches of those that are longer than a pack."""
 
     first: int
     """Ordinal of the first document."""
+    stop: int
+    """Ordinal after the last one."""
     documents: list[Planned]
-    """In order."""
+    """In order; unusable ones have no tokens."""
+    tokens: list[int]
+    """Of each of them."""
+    panels: list[int]
+    """Of each of them."""
+    volumes: list[int]
+    """Sum of tokens * max_images + panels * sequence_length of those before each of them; one more for the end."""
+    unusable: list[int]
+    """Places of the unusable ones, and the end."""
+
+    def place(self, ordinal: int, part: int = 0) -> int:
+        """Where a stretch of the document at `ordinal` stands; the end if that is the next block's."""
+        if len(self.documents) == self.stop - self.first:
+            return ordinal - self.first
+        return bisect_left(self.documents, ordinal, key=attrgetter("ordinal")) + part
 
 
 class SourceOrder:
@@ -107,19 +120,20 @@ class SourceOrder:
         shards: Sequence[Shard],
         sizer: Sizer,
         seed: int,
-        open_shards: int,
+        data: Data,
         read: Callable[[str], Index],
     ) -> None:
-        """Source `number` of the recipe.
+        """Source `number` of the recipe, cut to the packs of `data`.
 
-        `shards` in a fixed order; `read` gives an index by its path; at most `open_shards` make a block.
+        `shards` in a fixed order; `read` gives an index by its path; at most `data.open_shards` make a block.
         """
         self.name = name
         self.number = number
         self._shards = shards
         self._sizer = sizer
         self._seed = seed
-        self._open_shards = open_shards
+        self._open_shards = data.open_shards
+        self._limits = data.sequence_length, data.max_images
         self._read = read
         self.samples = sum(shard.header.samples for shard in shards)
         """Documents of one epoch, unusable ones included."""
@@ -132,10 +146,10 @@ class SourceOrder:
         epoch, place = divmod(ordinal, self.samples)
         return self._block(epoch, bisect_right(self._epoch(epoch)[1], place) - 1)
 
-    def __getitem__(self, ordinal: int) -> Planned:
-        """The document at `ordinal` >= 0."""
+    def document(self, ordinal: int, part: int = 0) -> Planned:
+        """The document at `ordinal` >= 0, or a stretch of it if it is longer than a pack."""
         block = self.block(ordinal)
-        return block.documents[ordinal - block.first]
+        return block.documents[block.place(ordinal, part)]
 
     def entry(self, document: Planned) -> IndexEntry:
         """All that the index says about a document."""
@@ -185,19 +199,56 @@ class SourceOrder:
             counts = [len(tokens) for tokens, _ in rooms]
             first, count = epoch * self.samples + starts[number], sum(counts)
             shuffled = permutation(count, self._seed, "samples", self.name, epoch, number)
-            columns = [
-                np.concatenate([np.arange(count) for count in counts]),
-                *(np.concatenate([room[part] for room in rooms]) for part in (0, 1)),
-            ]
+            rows, tokens, panels = (
+                column[shuffled]
+                for column in (
+                    np.concatenate([np.arange(count) for count in counts]),
+                    *(np.concatenate([room[part] for room in rooms]) for part in (0, 1)),
+                )
+            )
             paths = [shard.index for shard in shards]
-            rows = zip(
+            columns = zip(
                 range(first, first + count),
                 repeat(self.number),
                 map(paths.__getitem__, np.repeat(np.arange(len(paths)), counts)[shuffled].tolist()),
-                *(column[shuffled].tolist() for column in columns),
+                rows.tolist(),
+                tokens.tolist(),
+                panels.tolist(),
+                repeat(0),
+                repeat(None),
+                repeat(""),
                 strict=False,
             )
-            self._blocks[epoch, number] = Block(first, list(starmap(Planned, rows)))
+            # Planned(...) for each row, made in C: this is half of the time that a block takes.
+            documents = list(map(tuple.__new__, repeat(Planned), columns))
+            long = np.flatnonzero((tokens > self._limits[0]) | (panels > self._limits[1]))
+            self._cut(documents, long.tolist())
+            self._blocks[epoch, number] = self._measured(first, first + count, documents)
             if len(self._blocks) > OPEN_BLOCKS:
                 self._blocks.popitem(last=False)
         return self._blocks[epoch, number]
+
+    def _cut(self, documents: list[Planned], long: Sequence[int]) -> None:
+        """Put stretches in the places of the documents that are longer than a pack."""
+        sizes: dict[str, list[tuple[int, int]]] = {}
+        ends: dict[str, list[int]] = {}
+        for place in reversed(long):
+            document = documents[place]
+            path, row = document.index, document.row
+            if path not in sizes:
+                columns = self._index(path).columns
+                sizes[path] = list(zip(*(part.tolist() for part in self._sizer.segments(columns)), strict=True))
+                ends[path] = [0, *columns["segment_end"].tolist()]
+            cuts = cut_document(sizes[path][ends[path][row] : ends[path][row + 1]], *self._limits)
+            documents[place : place + 1] = [
+                Planned(document.ordinal, self.number, path, row, cut.tokens, cut.panels, part, cut)
+                for part, cut in enumerate(cuts)
+            ]
+
+    def _measured(self, first: int, stop: int, documents: list[Planned]) -> Block:
+        """The block of `documents`."""
+        tokens = [document.tokens for document in documents]
+        panels = [document.panels for document in documents]
+        volumes = np.cumsum(np.array(tokens) * self._limits[1] + np.array(panels) * self._limits[0])
+        unusable = [*np.flatnonzero(np.array(tokens) == 0).tolist(), len(documents)]
+        return Block(first, stop, documents, tokens, panels, [0, *volumes.tolist()], unusable)

@@ -1,7 +1,9 @@
 """Filling packs: cutting documents that are too long, and choosing documents whose lengths add up to a full pack."""
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from functools import lru_cache
+from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 
@@ -26,17 +28,53 @@ def cut_document(sizes: Sequence[tuple[int, int]], sequence_length: int, max_ima
     """Stretches, in order, that cover a document and each fit in a pack.
 
     `sizes` are (tokens, panels) of its segments, panels 0 for text; no image alone may exceed a pack. Images and the
-    text that follows them stay together, and cuts fall between such units. Only a unit that is longer than a whole pack
-    is divided: between its images, and in its text at a token. An image is never divided.
+    text that follows them stay together, and cuts fall between such units: as few as there can be, so placed that the
+    longest stretch is as short as it can be (a stretch that nearly fills a pack leaves a gap that nothing fits in).
+    Only where a unit is longer than a whole pack is it divided, between its images, and in its text at a token; then
+    stretches are as long as they can be. An image is never divided.
     """
-    cutter = _Cutter(sizes, sequence_length, max_images)
-    begin = 0
-    for number, (_, panels) in enumerate(sizes):
-        if panels == 0 or number == len(sizes) - 1:
-            cutter.add_unit(begin, number + 1)
-            begin = number + 1
-    cutter.close()
-    return cutter.cuts
+    if len(sizes) == 1 and not sizes[0][1]:  # one long text: most of what is cut
+        total = sizes[0][0]
+        starts = range(0, total, sequence_length)
+        return [Cut(0, at, 0, min(at + sequence_length, total), min(sequence_length, total - at), 0) for at in starts]
+    last = len(sizes) - 1
+    ends = [0, *(number + 1 for number, (_, panels) in enumerate(sizes) if panels == 0 or number == last)]
+    sums = ([0, *accumulate(size[part] for size in sizes)] for part in (0, 1))
+    tokens, panels = ([totals[end] for end in ends] for totals in sums)  # of all units before each
+    longest = _stops(tokens, panels, sequence_length, max_images)
+    if not longest:
+        cutter = _Cutter(sizes, sequence_length, max_images)
+        for begin, end in pairwise(ends):
+            cutter.add_unit(begin, end)
+        cutter.close()
+        return cutter.cuts
+    low, high = -(-tokens[-1] // len(longest)), sequence_length
+    while low < high:
+        middle = (low + high) // 2
+        if 0 < len(_stops(tokens, panels, middle, max_images)) <= len(longest):
+            high = middle
+        else:
+            low = middle + 1
+    stops = _stops(tokens, panels, high, max_images)
+    return [
+        Cut(ends[at], 0, ends[to] - 1, sizes[ends[to] - 1][0], tokens[to] - tokens[at], panels[to] - panels[at])
+        for at, to in zip([0, *stops], stops, strict=False)
+    ]
+
+
+def _stops(tokens: Sequence[int], panels: Sequence[int], length: int, images: int) -> list[int]:
+    """Units before each cut and the end if stretches are as long as the limits let them be; [] if a unit is longer.
+
+    `tokens` and `panels` are sums over the units before each unit, and over all.
+    """
+    stops = [0]
+    while stops[-1] < len(tokens) - 1:
+        at = stops[-1]
+        to = min(bisect_right(tokens, tokens[at] + length), bisect_right(panels, panels[at] + images)) - 1
+        if to == at:
+            return []
+        stops.append(to)
+    return stops[1:]
 
 
 class _Cutter:
@@ -96,46 +134,73 @@ class SubsetSum:
 
     All sums are one Python integer of `slots` + 1 rows: bit t of row c is set when some of the items have t tokens and
     c panels in all. An item shifts the integer by its tokens and rows, and a mask drops what left the space: a row is
-    wide enough that no sum reaches the next. Thousands of sums move in three machine loops, without numpy.
+    wide enough that no sum reaches the next. Thousands of sums move in three machine loops, without numpy. Where
+    panels cannot run out, one row does.
     """
 
-    def __init__(self, room: int, slots: int) -> None:
-        """An empty space of `room` tokens and `slots` panels."""
-        self._room, self._stride = room, 2 * room + 1
-        self._inside, self._full = _masks(room, slots)
+    def __init__(self, room: int, slots: int | None, slack: int = 0) -> None:
+        """An empty space of `room` > 0 tokens and `slots` panels; None if any items that fit the room fit them too.
+
+        `slack` < room: tokens that may stay free without looking for a better filling.
+        """
+        self._room = room
+        if slots is None:
+            self._stride, full = 0, 1 << room
+            self._inside = (full << 1) - 1
+        else:
+            self._stride = 2 * room + 1
+            self._inside, full = _masks(room, slots)
+        self._slots, self._enough = slots, (full << 1) - (full >> slack)
         self._sums = 1
         self._items: list[tuple[int, int]] = []
+        self._shifts: list[int] = []
         self._before: list[int] = []  # sums before each item, to walk back from the best one
-        self.exact = room == 0
-        """Whether some of the items fill the room to the last token."""
 
-    def __len__(self) -> int:
-        """Items offered so far."""
-        return len(self._items)
+    def offer(self, window: int, tokens: Sequence[int], panels: Sequence[int], begin: int, least: int) -> bool:
+        """Offer items of a window from number `begin` on; returns whether some items now fill all but the slack.
 
-    def offer(self, tokens: int, panels: int) -> None:
-        """One more item, of at least one token and at most the room, and at most the slots."""
-        sums = self._sums
-        self._before.append(sums)
-        self._items.append((tokens, panels))
-        more = (sums << (tokens + panels * self._stride)) & self._inside
-        self._sums = sums | more
-        if more & self._full:
-            self.exact = True
+        Ends there, or after `least` items that fit alone if these hold twice the room. Items have at least one token.
+        """
+        items, shifts, before = self._items, self._shifts, self._before
+        sums, room, slots, stride = self._sums, self._room, self._slots, self._stride
+        inside, enough = self._inside, self._enough
+        missing, least = 2 * room, len(items) + least
+        for number in range(begin, len(tokens)):
+            shift = tokens[number]
+            if shift > room:
+                continue
+            missing -= shift
+            if stride:
+                if panels[number] > slots:
+                    continue
+                shift += panels[number] * stride
+            items.append((window, number))
+            shifts.append(shift)
+            before.append(sums)
+            sums |= (sums << shift) & inside
+            if sums & enough:
+                self._sums = sums
+                return True
+            if missing <= 0 and len(items) >= least:
+                break
+        self._sums = sums
+        return False
 
-    def best(self) -> list[int]:
-        """Numbers of the items to take, in the order they were offered: earlier items wherever there is a choice."""
+    def best(self) -> list[tuple[int, int]]:
+        """Window and number of the items to take, in the order of offering: earlier ones wherever there is a choice."""
         tokens, panels = self._best_sum()
+        at = tokens + panels * self._stride
         taken = []
-        for number in range(len(self._items) - 1, -1, -1):
-            if not self._before[number] >> (tokens + panels * self._stride) & 1:
-                taken.append(number)
-                tokens -= self._items[number][0]
-                panels -= self._items[number][1]
+        for item, shift, before in zip(self._items[::-1], self._shifts[::-1], self._before[::-1], strict=True):
+            if not before >> at & 1:
+                taken.append(item)
+                at -= shift
         return taken[::-1]
 
     def _best_sum(self) -> tuple[int, int]:
-        """The most tokens, and the fewest panels that they come with."""
+        """The most tokens, and the fewest panels that they come with (one row does not count them)."""
+        if not self._stride:
+            return self._sums.bit_length() - 1, 0
         best, panels, sums = 0, 0, self._sums
         row = (1 << (self._room + 1)) - 1
         for count in range(sums.bit_length() // self._stride + 1):

@@ -3,13 +3,17 @@
 Packs are a pure function of (indexes, data section, seed, number of the pack). Nothing here knows of ranks, workers or
 restarts; a restart continues from a cursor of counters and of the few documents that wait in the window.
 
-A pack is filled in three steps: documents that have waited too long; then documents in mixture order, oldest first
-within a source, until about a quarter is free; then the subset of the next documents that fills the rest exactly.
+How far the measured mixture may be from the weights, while no source has ended. Let w be the weights as fractions of 1,
+and c the least served / w of all sources, so that a source has served w c + u tokens, u >= 0. u never exceeds
+u_max = `Stream.most_ahead`. All together have served c + sum(u), so a source is off its share of that by
+d = u - w sum(u), and -w (sum of the others' u_max) <= d <= (1 - w) u_max. What a stretch of packs serves is off by how
+much d changes: at most (1 - w) u_max + w (sum of the others' u_max) tokens, however long the stretch.
 """
 
 import math
 from collections.abc import Callable, Container, Mapping, Sequence
 from functools import cached_property
+from math import inf
 from typing import Any, NamedTuple
 
 from mmtrain.config.errors import ConfigError, DataError
@@ -20,7 +24,8 @@ from mmtrain.data.index import Shard, read_index
 from mmtrain.data.ordering import Planned, Sizer, SourceOrder
 from mmtrain.data.window import Skipped, Stream
 
-CURSOR_VERSION = 1
+CURSOR_VERSION = 2
+"""2: documents longer than a pack are cut evenly, so a stretch's number means another one than in 1."""
 
 QUARANTINED = "in quarantine"
 """Why a sample that data.quarantine names is not read."""
@@ -61,7 +66,7 @@ class Planner:
         self._data, self._sizer, self._seed = data, sizer, seed
         self._packs = 0
         self._skip_packs = frozenset(data.skip_packs)
-        self._quarantine, self._ending = quarantine, frozenset(passes or names)
+        self._quarantine = quarantine
         total = sum(weights[name] for name in names)
         self._check(names, sizer, data)
         # Bound on the wait: see Filler.take_overdue. A quarter of it is window, the rest is freedom to choose.
@@ -71,10 +76,12 @@ class Planner:
         self._streams = []
         for number, name in enumerate(weights):
             if name in names:
-                order = SourceOrder(name, number, shards[name], sizer, seed, data.open_shards, read)
+                order = SourceOrder(name, number, shards[name], sizer, seed, data, read)
                 share = weights[name] / total
                 limits = [limit[name] for limit in (passes or {}, caps or {}) if name in limit]
-                self._streams.append(Stream(order, share, data, sizer, volume, min(limits, default=None)))
+                self._streams.append(Stream(order, share, data, volume, min(limits, default=None)))
+        self._last = [stream for stream in self._streams if stream.order.name in (passes or names)]  # the plan's end
+        self._filler = Filler(self._streams, data, sizer.image_tokens)
 
     @staticmethod
     def _check(names: Sequence[str], sizer: Sizer, data: Data) -> None:
@@ -111,6 +118,14 @@ class Planner:
         entered = [stream.entered[0] for stream in self._streams if stream.waiting]
         return self._packs - min(entered, default=self._packs)
 
+    def mixture_bound(self) -> dict[str, float]:
+        """Source -> tokens by which any stretch of packs is off its share at most, while no source has ended."""
+        most = [stream.most_ahead() for stream in self._streams]
+        return {
+            stream.order.name: own + stream.share * (sum(most) - 2 * own)
+            for stream, own in zip(self._streams, most, strict=True)
+        }
+
     def longest_lasting(self) -> str:
         """The source whose documents last longest, by tokens / weight; reads every index once."""
         return max(self._streams, key=lambda stream: stream.order.total_tokens() / stream.share).order.name
@@ -128,7 +143,7 @@ class Planner:
     @property
     def finished(self) -> bool:
         """Whether only empty packs can follow."""
-        return all(stream.ended() for stream in self._streams if stream.order.name in self._ending)
+        return all(stream.ended() for stream in self._last)
 
     def next_step(self) -> Plan:
         """The packs of the next global step."""
@@ -150,21 +165,21 @@ class Planner:
 
     def _next_pack(self) -> list[Planned]:
         """The next pack, empty when the plan has ended."""
-        least = min([stream.progress for stream in self._streams if not stream.ended()], default=0.0)
-        for stream in self._streams:
+        streams = self._streams
+        clock = [stream.served / stream.share for stream in streams]
+        least = min([inf if stream.ended() else time for stream, time in zip(streams, clock, strict=True)])
+        for at, stream in enumerate(streams):
             stream.refill(self._packs, least, self._skipped)
-        active = [stream for stream in self._streams if stream.waiting]
+            if not stream.waiting:
+                clock[at] = inf
         pack: list[Planned] = []
-        if active and not self.finished:
-            filler = Filler(active, self._data)
-            filler.take_overdue(self._packs - self._patience)
-            filler.fill()
-            taken: list[list[int]] = [[] for _ in active]
-            for at, number in filler.taken:
-                pack.append(active[at].waiting[number])
-                taken[at].append(number)
-            for stream, numbers in zip(active, taken, strict=True):
-                stream.remove(numbers)
+        if min(clock) < inf and not self.finished:
+            numbers: list[list[int]] = [[] for _ in streams]
+            for at, number in self._filler.choose(clock, self._packs - self._patience):
+                pack.append(streams[at].waiting[number])
+                numbers[at].append(number)
+            for stream, of_stream in zip(streams, numbers, strict=True):
+                stream.remove(of_stream)
         self._packs += 1
         return pack
 
@@ -179,11 +194,10 @@ class Planner:
 
     def restore(self, cursor: Mapping[str, Any]) -> None:
         """Continue after `cursor`; DataError, naming what differs, if it belongs to another plan."""
-        mine, theirs = self._identity, cursor.get("plan", {})
-        if cursor.get("version") != CURSOR_VERSION or mine != theirs:
-            differing = [
-                f"{key} was {theirs.get(key)}, is {mine.get(key)}" for key in mine if mine[key] != theirs.get(key)
-            ]
+        mine = {"format": CURSOR_VERSION, **self._identity}
+        theirs = {"format": cursor.get("version"), **cursor.get("plan", {})}
+        if mine != theirs:
+            differing = [f"{key} was {theirs.get(key)}, is {mine[key]}" for key in mine if mine[key] != theirs.get(key)]
             differing += [f"{key} was {theirs[key]}, is gone" for key in theirs if key not in mine]
             raise DataError(
                 f"data: the checkpoint's place in the stream belongs to another plan ({'; '.join(differing)}); restore "

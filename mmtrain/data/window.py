@@ -1,12 +1,15 @@
 """A source's window: documents drawn in order, and not yet in a pack."""
 
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from mmtrain.config.errors import DataError
 from mmtrain.config.schema import Data
-from mmtrain.data.ordering import Block, Planned, Sizer, SourceOrder
-from mmtrain.data.pack import Cut, cut_document
+from mmtrain.data.ordering import Block, Planned, SourceOrder
+
+REFILL = 0.75
+"""A window is filled up when less than this part of it is left: seldom, because every time has its cost."""
 
 
 class Skipped(NamedTuple):
@@ -25,9 +28,7 @@ class Skipped(NamedTuple):
 class Stream:
     """One source: its place in the order, and the window of documents drawn but not yet packed."""
 
-    def __init__(
-        self, order: SourceOrder, share: float, data: Data, sizer: Sizer, volume: float, limit: int | None
-    ) -> None:
+    def __init__(self, order: SourceOrder, share: float, data: Data, volume: float, limit: int | None) -> None:
         """`share` of all tokens; the window holds at most its share of `volume` packs, and data.window documents."""
         self.order = order
         """The documents, by ordinal."""
@@ -39,83 +40,83 @@ class Stream:
         """Tokens packed so far."""
         self.waiting: list[Planned] = []
         """The window, in drawing order."""
+        self.tokens: list[int] = []
+        """Of each of them."""
+        self.panels: list[int] = []
+        """Of each of them."""
         self.entered: list[int] = []
         """For each of them, packs made before it was drawn."""
-        self._next = self._part = 0  # what is drawn next: ordinal, and stretch of it
-        self._block = Block(0, [])  # around what is drawn next
-        self._sizer = sizer
-        self._tokens, self._images, self._window = data.sequence_length, data.max_images, data.window
+        self._block = Block(0, 0, [], [], [], [0], [0])  # around what is drawn next, and its place there
+        self._at = 0
+        self._length, self._images, self._window = data.sequence_length, data.max_images, data.window
         self._volume = 0  # of the window, in 1 / (sequence_length * max_images) packs
-        self._most = share * volume * self._tokens * self._images
-        self._ahead = volume * self._tokens
-        self._cuts: tuple[int, list[Cut]] = (-1, [])
+        self._most = share * volume * self._length * self._images
+        self._ahead = min(2.0, share * volume) * self._length  # tokens
 
-    @property
-    def progress(self) -> float:
-        """Tokens that all sources together have had when this one has had what it has: its clock in the mixture."""
-        return self.served / self.share
+    def most_ahead(self) -> float:
+        """Tokens by which it can ever be ahead of its share of what the source that lags most has had.
+
+        It draws only while it is no more than `_ahead` ahead, and only documents that were drawn are packed: its
+        share of the window's packs at most, and the document that filled it.
+        """
+        return self._ahead + self._most / self._images + self._length
 
     @property
     def drawn(self) -> int:
         """Documents drawn so far, unusable ones included."""
-        return self._next
+        return self._next()[0]
+
+    def _next(self) -> tuple[int, int]:
+        """Ordinal and stretch of what is drawn next."""
+        if self._at == len(self._block.documents):
+            return self._block.stop, 0
+        document = self._block.documents[self._at]
+        return document.ordinal, document.part
 
     def ended(self) -> bool:
         """Whether a limited source has given all that it had to."""
-        return self.limit is not None and self._next >= self.limit and not self.waiting
+        return self.limit is not None and not self.waiting and self.drawn >= self.limit
 
     def refill(self, packs: int, least: float, skipped: list[Skipped]) -> None:
-        """Draw documents until the window is full: in number, or in packs that it would make.
+        """Draw documents until the window is full, in number or in packs that it would make, once it is not nearly so.
 
-        `least` is the smallest `progress` of all sources. A source far ahead of it draws nothing: its document would
-        only wait, and be forced into a pack that its share does not allow yet.
+        `least` is the smallest served tokens / share of all sources. A source far ahead of it draws nothing: its
+        documents would only wait, and be forced into packs that its share does not allow yet.
         """
-        waiting = self.waiting
-        if not waiting and self.progress > least + self._ahead:
+        full = len(self.waiting) >= REFILL * self._window or self._volume >= REFILL * self._most
+        if full or self.served > least * self.share + self._ahead:
             return
-        room, slots = self._tokens, self._images
         unusable = 0  # in a row
-        while not waiting or (len(waiting) < self._window and self._volume < self._most):
-            ordinal = self._next
-            if self.limit is not None and ordinal >= self.limit:
+        while not self.waiting or (len(self.waiting) < self._window and self._volume < self._most):
+            if self.limit is not None and self.drawn >= self.limit:
                 return
-            place = ordinal - self._block.first
-            if not 0 <= place < len(self._block.documents):
-                self._block = self.order.block(ordinal)
-                place = ordinal - self._block.first
-            document = self._block.documents[place]
-            tokens, panels = document.tokens, document.panels
-            if tokens == 0:
-                self._next += 1
-                skipped.append(self._skipped(document))
+            block, at = self._block, self._at
+            if at == len(block.documents):
+                self._block, self._at = self.order.block(block.stop), 0
+                continue
+            stop = block.unusable[bisect_left(block.unusable, at)]
+            if self.limit is not None and self.limit < block.stop:
+                stop = min(stop, block.place(self.limit))
+            if stop == at:
+                self._at += 1
+                skipped.append(self._skipped(block.documents[at]))
                 unusable += 1
                 if unusable > 2 * self.order.samples:  # the rest of an epoch, and a whole one
                     raise DataError(f"data.sources.{self.order.name}: none of its {unusable // 2} samples is usable")
                 continue
-            if tokens <= room and panels <= slots:
-                self._next += 1
-            else:
-                document = self._stretch(document)
-                tokens, panels = document.tokens, document.panels
             unusable = 0
-            waiting.append(document)
-            self.entered.append(packs)
-            self._volume += tokens * slots + panels * room
+            full = bisect_left(block.volumes, self._most - self._volume + block.volumes[at], at + 1)
+            self._draw(max(at + 1, min(stop, full, at + self._window - len(self.waiting))), packs)
 
-    def _stretch(self, document: Planned) -> Planned:
-        """The next stretch of a document that is too long."""
-        part, cuts = self._part, self._cuts_of(document)
-        self._part += 1
-        if self._part == len(cuts):
-            self._next, self._part = self._next + 1, 0
-        return document._replace(tokens=cuts[part].tokens, panels=cuts[part].panels, part=part, cut=cuts[part])
-
-    def _cuts_of(self, document: Planned) -> list[Cut]:
-        """The stretches of a document that is too long."""
-        if self._cuts[0] != document.ordinal:
-            sizes = [(self._sizer.tokens(s), self._sizer.panels(s)) for s in self.order.entry(document).segments]
-            self._cuts = document.ordinal, cut_document(sizes, self._tokens, self._images)
-        return self._cuts[1]
+    def _draw(self, stop: int, packs: int) -> None:
+        """Move the block's documents before place `stop` into the window."""
+        block, at = self._block, self._at
+        self.waiting += block.documents[at:stop]
+        self.tokens += block.tokens[at:stop]
+        self.panels += block.panels[at:stop]
+        self.entered += [packs] * (stop - at)
+        self._volume += block.volumes[stop] - block.volumes[at]
+        self._at = stop
 
     def _skipped(self, document: Planned) -> Skipped:
         """The record of a sample that is passed by."""
@@ -123,12 +124,14 @@ class Stream:
         return Skipped(self.order.number, self.order.shard_path(document), entry.key, entry.unusable or "no tokens")
 
     def remove(self, numbers: Sequence[int]) -> None:
-        """Take documents out of the window, by their numbers in it, and count them as served."""
-        for number in sorted(numbers, reverse=True):
-            document = self.waiting.pop(number)
-            del self.entered[number]
-            self.served += document.tokens
-            self._volume -= document.tokens * self._images + document.panels * self._tokens
+        """Take documents out of the window, by their ascending numbers in it, and count them as served."""
+        tokens = panels = 0
+        for number in reversed(numbers):
+            tokens += self.tokens.pop(number)
+            panels += self.panels.pop(number)
+            del self.waiting[number], self.entered[number]
+        self.served += tokens
+        self._volume -= tokens * self._images + panels * self._length
 
     def state(self) -> dict[str, Any]:
         """Counters, and the window as text: a document is its ordinal, part and entry, less the one's before it."""
@@ -136,21 +139,21 @@ class Stream:
         for document, entered in zip(self.waiting, self.entered, strict=True):
             rows.append(f"{document.ordinal - ordinal} {document.part} {entered - before}")
             ordinal, before = document.ordinal, entered
-        return {"next": [self._next, self._part], "served": self.served, "waiting": ",".join(rows)}
+        return {"next": list(self._next()), "served": self.served, "waiting": ",".join(rows)}
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Undo `state`."""
-        self.waiting, self.entered, self._volume = [], [], 0
+        for column in (self.waiting, self.tokens, self.panels, self.entered):
+            column.clear()
         ordinal = entered = 0
         for row in filter(None, state["waiting"].split(",")):
             step, part, later = map(int, row.split())
             ordinal, entered = ordinal + step, entered + later
-            document = self.order[ordinal]
-            if document.tokens > self._tokens or document.panels > self._images:
-                cut = self._cuts_of(document)[part]
-                document = document._replace(tokens=cut.tokens, panels=cut.panels, part=part, cut=cut)
-            self.waiting.append(document)
+            self.waiting.append(self.order.document(ordinal, part))
             self.entered.append(entered)
-            self._volume += document.tokens * self._images + document.panels * self._tokens
-        self._next, self._part = state["next"]
+        self.tokens += [document.tokens for document in self.waiting]
+        self.panels += [document.panels for document in self.waiting]
+        self._volume = sum(self.tokens) * self._images + sum(self.panels) * self._length
         self.served = state["served"]
+        self._block = self.order.block(state["next"][0])
+        self._at = self._block.place(*state["next"])

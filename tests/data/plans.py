@@ -19,6 +19,12 @@ def text(tokens: int) -> Segment:
     return Segment(TokenKind.TEXT, tokens, tokens)
 
 
+def room(segment: Segment, sizer: Sizer = SIZER) -> tuple[int, int]:
+    """Positions and panels of one segment."""
+    panels = sizer.canvas.panels(segment.width, segment.height) if segment.is_image else 0
+    return segment.tokens + panels * sizer.image_tokens, panels
+
+
 def source(name: str, documents: Sequence[Sequence[Segment] | None], per_shard: int = 3) -> list[Shard]:
     """Shards of documents, given as segments; None is an unusable sample. Register them for `read`."""
     shards = []
