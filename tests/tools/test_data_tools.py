@@ -9,8 +9,11 @@ import pytest
 from PIL import Image
 
 from mmtrain.config.load import dump
+from mmtrain.config.schema import Source
 from mmtrain.data.index import open_folder, read_index
 from mmtrain.data.loader import Loader
+from mmtrain.data.plan import Planner
+from tests.data import plans
 from tests.data.inputs import picture, tokenizer, write_tar
 from tests.data.test_loader import folder, make
 from tools import index_shards, inspect_shards, plan_data
@@ -126,5 +129,21 @@ def test_the_plan_of_a_recipe_is_what_the_loader_serves(folder: Path, tmp_path: 
     assert found["images_per_pack"] == pytest.approx(images / 200)
     assert 0.5 < found["balance"] <= 1 and 0 < found["longest_wait"] <= made.data.max_wait
     assert "balance of 2 ranks" in printed and "wanted 60.00%" in printed and "after all 30 steps" in printed
+    assert "full of images" in printed and found["shorter_than_a_pack_but_cut"] == 0 and "off" not in found
+    assert plan_data.main([*arguments, "--packs", "1200"]) == 0
+    found, printed = json.loads((tmp_path / "plan.json").read_text()), read()
+    assert 0 < found["off"] <= found["off_at_most"] and "off the weights" in printed and "proved: " in printed
     assert plan_data.main([*arguments[:1], "--ranks", "3"]) == 2
     assert "--ranks 3 does not divide the 4 lanes; numbers that fit: [1, 2, 4]" in read()
+
+
+def test_the_plan_tells_what_too_few_images_cost(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = make(folder, sequence_length=64, max_images=1, sources={"two": Source("", 1.0), "one": Source("", 1.0)})
+    rows = {"two": [[plans.IMAGE, plans.text(5)] * 2] * 9, "one": [[plans.IMAGE, plans.text(5)]] * 9}
+    shards = {name: plans.source(name, of_source) for name, of_source in rows.items()}
+    monkeypatch.setattr(plan_data, "read_index", plans.read)
+    planner = Planner(shards, recipe.data, 0, plans.SIZER, {"two": 1.0, "one": 1.0}, read=plans.read)
+    found = plan_data.measure(recipe, planner, 8, 1)
+    cut = found["shorter_than_a_pack_but_cut"]
+    assert cut > 0 and found["cut"] in (2 * cut, 2 * cut - 1)
+    assert found["packs_without_room_for_an_image"] == 1 and found["padding"] == pytest.approx(55 / 64)
