@@ -47,7 +47,7 @@ ABOVE_ZERO = (
     "data.cache_gib",
     "optim.lr",
     "optim.eps",
-    "mup.base.*",
+    "mup.*",
 )
 """Numbers that cannot be 0."""
 
@@ -230,6 +230,11 @@ def _eval(recipe: Recipe) -> Iterator[str]:
 
 def _mup(recipe: Recipe) -> Iterator[str]:
     """Names in the muP section; mup.scales checks that the base model can exist."""
+    if recipe.optim.name == "sgd" and any(recipe.mup.base.values()):
+        yield (
+            "optim.name=sgd with mup.base: muP's rates are those of Adam's update, and SGD needs other powers of the "
+            "width; take adamw, or leave mup.base out"
+        )
     for part in recipe.mup.lr:
         if part not in PARTS:
             yield f"mup.lr.{part}: no such part{hint(part, PARTS)}"

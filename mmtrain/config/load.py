@@ -16,6 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 from mmtrain.config.errors import ConfigError
 from mmtrain.config.keys import bare, child, hint, is_section, leaves, sections, together, wanted
 from mmtrain.config.pretrained import CONFIG, describe
+from mmtrain.config.refused import refusal
 from mmtrain.config.schema import PARTS, Recipe
 
 COMMAND_LINE = "command line"
@@ -187,7 +188,8 @@ def _leaves(
         if not isinstance(key, str):
             problems.append(f"{origin}: {'.'.join(here)}: a key is text; write it in quotes")
         elif inner is None:
-            problems.append(f"{origin}: {'.'.join(here)}: unknown key{hint(key, sections(bare(kind)))}")
+            why = refusal(".".join(here)) or f"unknown key{hint(key, sections(bare(kind)))}"
+            problems.append(f"{origin}: {'.'.join(here)}: {why}")
         elif is_section(inner) and isinstance(value, Mapping) and value:
             yield from _leaves(value, inner, here, origin, problems)
         elif "${" in str(value):
@@ -246,7 +248,9 @@ def _wrong_value(origin: str, leaf: Leaf) -> str:
     """What is wrong with a value that omegaconf refused."""
     choices = get_args(bare(leaf.kind)) if get_origin(bare(leaf.kind)) is Literal else ()
     alike = hint(leaf.value, choices) if choices and "known" not in hint(leaf.value, choices) else ""
-    return f"{origin}: {'.'.join(leaf.path)}: {leaf.value!r} is not {wanted(leaf.kind)}{alike}"
+    key = ".".join(leaf.path)
+    why = f": {refused}" if not alike and (refused := refusal(key, leaf.value)) else alike
+    return f"{origin}: {key}: {leaf.value!r} is not {wanted(leaf.kind)}{why}"
 
 
 def _origin(key: str, origins: Mapping[str, str]) -> str:

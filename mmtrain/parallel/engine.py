@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from mmtrain.config.schema import PARTS, Optim, Recipe
+from mmtrain.config.schema import PARTS, Recipe
 from mmtrain.model.attention import KVCache
 from mmtrain.model.probe import KINDS, GradientProbe
 from mmtrain.model.stepio import BatchLike, Losses, StepInputs
@@ -30,6 +30,7 @@ from mmtrain.parallel.groups import Groups
 from mmtrain.parallel.libraries import deepspeed
 from mmtrain.parallel.marker import ExpertMarker, mark_experts, place_experts
 from mmtrain.parallel.materialize import Make, Partition, fill
+from mmtrain.parallel.optimizer import make_optimizer
 from mmtrain.parallel.sequence import split_sequence
 from mmtrain.parallel.tensor import Layout, parameters, shard
 from mmtrain.parallel.transfer import Frozen, Read, Transfer
@@ -278,18 +279,9 @@ def _initialize(
             settings[-1] |= {"moe": True, "name": ExpertMarker.group_name(groups.mesh.expert)}
     engine, *_ = deepspeed.initialize(
         model=model,
-        optimizer=_optimizer(recipe.optim, settings),
+        optimizer=make_optimizer(recipe.optim, settings, groups.device),
         config=config,
         mpu=groups.mpu,
         dist_init_required=False,
     )
     return engine
-
-
-def _optimizer(optim: Optim, settings: list[dict[str, Any]]) -> torch.optim.Optimizer:
-    """The torch optimizer that DeepSpeed wraps."""
-    if optim.name == "adamw":
-        # On a CPU torch's default makes two temporaries of a whole flat group in every step; its fused kernel none.
-        fused = all(parameter.device.type == "cpu" for group in settings for parameter in group["params"]) or None
-        return torch.optim.AdamW(settings, lr=optim.lr, betas=(optim.beta1, optim.beta2), eps=optim.eps, fused=fused)
-    return torch.optim.SGD(settings, lr=optim.lr)

@@ -129,7 +129,8 @@ def _adam_state(optimizer: torch.optim.Optimizer, holder: torch.Tensor, updates:
     """AdamW's state of `holder` after `updates` updates, made where the optimizer has not stepped yet."""
     state = optimizer.state[holder]
     if not state:
-        state["step"] = torch.tensor(0.0)
+        # A fused step counts on the device.
+        state["step"] = torch.zeros((), device=holder.device if optimizer.defaults["fused"] else "cpu")
         state.update({kind: torch.zeros_like(holder) for kind in MOMENTS})
     state["step"].fill_(float(updates))
     return state

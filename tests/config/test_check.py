@@ -46,6 +46,13 @@ ONE_RANK = [
     ({"data__skip_packs": [0, -1]}, "data.skip_packs=[0, -1]: every number must be at least 0"),
     ({"data__sources": {"a": Source("x", -1.0)}}, "data.sources.a.weight=-1.0 must not be negative; 0 is the least"),
     ({"mup__base": {"decoder": {"hidden_size": 0}}}, "mup.base.decoder.hidden_size=0 must be above 0"),
+    *(({f"mup__{name}": 0.0}, f"mup.{name}=0.0 must be above 0") for name in ("init", "router", "output", "attention")),
+    ({"mup__lr": {"vision": 0.0}}, "mup.lr.vision=0.0 must be above 0"),
+    (
+        {"optim__name": "sgd", "mup__base": {"decoder": {"hidden_size": 32}}},
+        "optim.name=sgd with mup.base: muP's rates are those of Adam's update, and SGD needs other powers of the "
+        "width; take adamw, or leave mup.base out",
+    ),
     # model
     (
         {"model__vision__image_size": (33, 48)},
