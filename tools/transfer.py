@@ -11,6 +11,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import yaml
@@ -114,7 +115,7 @@ def write_recipe(
     """A recipe on top of the target's; it is loaded once to see that it can be."""
     out.parent.mkdir(parents=True, exist_ok=True)
     settled = load(target_file, [*overrides, *(f"{key}={value}" for key, value in values.items())])
-    mup = {**{name: getattr(settled.mup, name) for name in ("init", "embedding", "attention", "output", "router")}}
+    mup = {name: value for name, value in asdict(settled.mup).items() if name not in ("base", "lr")}
     mup |= {"lr": dict(settled.mup.lr), "base": base_widths(proxy)}
     body: dict = {
         "base": str(target_file.resolve()),

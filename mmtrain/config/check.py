@@ -235,6 +235,12 @@ def _mup(recipe: Recipe) -> Iterator[str]:
             "optim.name=sgd with mup.base: muP's rates are those of Adam's update, and SGD needs other powers of the "
             "width; take adamw, or leave mup.base out"
         )
+    factor, kind = recipe.mup.cross_attention, recipe.model.connector.kind
+    if factor != 1.0 and kind != "attention_pool":
+        yield (
+            f"mup.cross_attention={factor:g}: model.connector.kind={kind} has no cross-attention; leave it at 1, or "
+            "take attention_pool"
+        )
     for part in recipe.mup.lr:
         if part not in PARTS:
             yield f"mup.lr.{part}: no such part{hint(part, PARTS)}"
@@ -250,7 +256,11 @@ def _mup(recipe: Recipe) -> Iterator[str]:
 
 def _pretrained(recipe: Recipe) -> Iterator[str]:
     """The base widths of a pretrained part are its own, and no factor changes what it computes."""
-    factors = {"vision": ("attention",), "connector": (), "decoder": ("attention", "embedding", "output")}
+    factors = {
+        "vision": ("attention",),
+        "connector": ("cross_attention",),
+        "decoder": ("attention", "embedding", "output"),
+    }
     for part in PARTS:
         own = getattr(recipe.model, part)
         if not own.pretrained:

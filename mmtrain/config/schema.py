@@ -171,6 +171,8 @@ class Mup:
     """Factor on token embeddings in the forward."""
     attention: float = 1.0
     """Factor on attention logits of vision and decoder."""
+    cross_attention: float = 1.0
+    """Factor on attention logits of the connector (attention_pool)."""
     output: float = 1.0
     """Factor on the language model's logits."""
     router: float = 1.0

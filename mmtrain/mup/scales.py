@@ -39,12 +39,13 @@ def base_model_config(model: Model, base: dict[str, dict[str, int]]) -> Model:
 def forward_scales(model: Model, base: Model, mup: Mup) -> Scales:
     """The forward's factors for `model` against `base`; plain SP when both are equal and the multipliers are 1.
 
-    Attention: sqrt(base head size) / head size instead of 1/sqrt(head size), times mup.attention (vision and decoder);
-    logits: base width / width, times mup.output.
+    Attention: sqrt(base head size) / head size instead of 1/sqrt(head size), times mup.attention (vision and decoder)
+    or mup.cross_attention (connector); logits: base width / width, times mup.output.
     """
     connector_scale = None
     if model.connector.kind == "attention_pool":
-        connector_scale = _attention(_head_size(model.connector), _head_size(base.connector), 1.0)
+        head_sizes = _head_size(model.connector), _head_size(base.connector)
+        connector_scale = _attention(*head_sizes, mup.cross_attention)
     return Scales(
         attention_vision=_attention(_head_size(model.vision), _head_size(base.vision), mup.attention),
         attention_connector=connector_scale,

@@ -47,6 +47,11 @@ ONE_RANK = [
     ({"data__sources": {"a": Source("x", -1.0)}}, "data.sources.a.weight=-1.0 must not be negative; 0 is the least"),
     ({"mup__base": {"decoder": {"hidden_size": 0}}}, "mup.base.decoder.hidden_size=0 must be above 0"),
     *(({f"mup__{name}": 0.0}, f"mup.{name}=0.0 must be above 0") for name in ("init", "router", "output", "attention")),
+    (
+        {"mup__cross_attention": 2.0},
+        "mup.cross_attention=2: model.connector.kind=c_abstractor has no cross-attention; leave it at 1, or take "
+        "attention_pool",
+    ),
     ({"mup__lr": {"vision": 0.0}}, "mup.lr.vision=0.0 must be above 0"),
     (
         {"optim__name": "sgd", "mup__base": {"decoder": {"hidden_size": 32}}},

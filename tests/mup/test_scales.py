@@ -36,9 +36,9 @@ def test_only_the_named_widths_change():
 def test_the_scales_follow_the_formulas():
     widths = {"vision": {"hidden_size": 32}, "connector": {"hidden_size": 24}, "decoder": {"hidden_size": 64}}
     base = base_model_config(MODEL, widths)
-    scales = forward_scales(MODEL, base, Mup(embedding=3.0, attention=2.0, output=5.0))
+    scales = forward_scales(MODEL, base, Mup(embedding=3.0, attention=2.0, cross_attention=7.0, output=5.0))
     assert scales.attention_vision == pytest.approx(2.0 * 8**0.5 / 32)
-    assert scales.attention_connector == pytest.approx(12**0.5 / 48)
+    assert scales.attention_connector == pytest.approx(7.0 * 12**0.5 / 48)
     assert scales.attention_decoder == pytest.approx(2.0 / 32**0.5)  # the head size is at its base
     assert (scales.embedding, scales.output) == (3.0, 5.0 * 64 / 256)
 

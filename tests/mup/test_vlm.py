@@ -90,6 +90,25 @@ def test_the_weights_of_the_model_have_the_kinds_of_the_design():
         assert (entry.role.kind, entry.m_in, entry.m_out) == expected, name
 
 
+def test_cross_attention_has_the_fans_of_its_queries_and_of_the_patches_that_they_read():
+    """Queries grow with the connector, keys and values read as wide as vision is: other rates, although siblings."""
+    model = config("attention_pool")
+    vision, width = model.vision.hidden_size, model.connector.hidden_size
+    base = {
+        "vision": {"hidden_size": vision // 2, "num_heads": 1},
+        "connector": {"hidden_size": width // 8, "num_heads": 1},
+    }
+    table, plain = registry(model, base), registry(model, {})
+    for name, (m_in, m_out) in {"q": (8, 8), "k": (2, 8), "v": (2, 8), "out": (8, 8)}.items():
+        entry, start = (found[f"connector.attention.{name}.weight"] for found in (table, plain))
+        assert (entry.m_in, entry.m_out) == (m_in, m_out), name
+        fan_in = {"q": width, "k": vision, "v": vision, "out": width}[name]
+        assert start.init_std == pytest.approx(fan_in**-0.5)
+        assert entry.init_std == pytest.approx((fan_in / m_in) ** -0.5 * m_in**-0.5)
+        assert (entry.lr_mult, entry.wd_mult, entry.eps_mult) == (1 / m_in, m_in, 1 / m_out), name
+    assert table["connector.queries"].lr_mult == 1.0 and table["connector.queries"].eps_mult == 1 / 8
+
+
 def test_a_tied_head_is_an_embedding_with_the_heads_forward_factor():
     model = config(tied=True)
     table = registry(model)
