@@ -1,6 +1,7 @@
-"""Does muP survive the engine? Audits AdamW's first step on several layouts and prints a table.
+"""Does muP survive the engine? Audits AdamW's first step on several layouts and prints two tables.
 
     python -m tools.step_audit [LAYOUT ...]          # a layout is world.stage.tensor.expert, e.g. 2.1.2.1
+    python -m tools.step_audit --save                # all layouts below, kept in tools/bench/results/step_audit.json
 
 For each tensor of the tiny recipe: the median of |dW + lr * decay * W| / (lr * multiplier * schedule) over the entries
 with a gradient, which is 1 when rate, decay and schedule reached the optimizer as muP wants them. Exit code 1 when one
@@ -10,16 +11,25 @@ is off by more than 1e-3, or when a layout starts from other values than the fir
 import argparse
 import math
 import sys
-from typing import NamedTuple
+from collections.abc import Iterable
+from typing import Any, NamedTuple
 
 from rich.console import Console
 from rich.table import Table
 
+from mmtrain.config.schema import Parallel
 from tests import dist
 from tests.parallel import audit, harness
+from tools.bench import record
 
-LAYOUTS = ("1.0.1.1", "1.1.1.1", "2.1.1.1", "2.2.1.2", "2.1.1.2", "2.1.2.1", "2.3.1.1")
-"""ZeRO 0 to 3, experts over ranks, tensor ranks: what tools.parity proves on two processes."""
+LAYOUTS = tuple(
+    f"{world}.{stage}.{tensor}.{expert}"
+    for stage in range(4)
+    for world, tensor, expert in ((1, 1, 1), (2, 1, 1), (2, 2, 1), (2, 1, 2), (4, 2, 2))
+    if not (stage == 0 and expert > 1)
+)
+"""ZeRO 0 to 3 on one process, two data ranks, two tensor ranks, two expert ranks, and two by two of both; a recipe
+refuses ZeRO-0 with experts over ranks."""
 
 
 class Found(NamedTuple):
@@ -29,39 +39,84 @@ class Found(NamedTuple):
     rows: list[audit.Row]
     same_start: bool
 
+    def ratios(self) -> list[float]:
+        """Of the tensors that have one."""
+        return [row.ratio for row in self.rows if row.entries]
+
 
 def main() -> int:
     """Command line; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("layouts", nargs="*", default=LAYOUTS, help="world.stage.tensor.expert")
+    parser.add_argument("--save", action="store_true", help="keep the result with hardware, commit and command")
     arguments = parser.parse_args()
-    start, found = None, []
-    for layout in arguments.layouts:
-        world, stage, tensor, expert = map(int, layout.split("."))
-        first, rows = dist.run(audit.on_ranks, world, harness.layout_of(stage, tensor, expert))[0]
-        start = first if start is None else start
-        found.append(Found(layout, rows, all(first[key].equal(value) for key, value in start.items())))
+    found = audits(arguments.layouts)
     console = Console()
     show(found, console)
-    worst = max(abs(row.ratio - 1) for layout in found for row in layout.rows if row.entries)
-    console.print(f"largest deviation from 1: {worst:.1e}")
-    return int(not worst <= audit.TOLERANCE or not all(layout.same_start for layout in found))
+    result = as_json(found)
+    record.tell(result, arguments.save)
+    return int(not result["largest_deviation"] <= audit.TOLERANCE or not all(layout.same_start for layout in found))
+
+
+def audits(layouts: Iterable[str]) -> list[Found]:
+    """Each layout's audit, on fresh ranks of its own."""
+    start, found = None, []
+    for layout in layouts:
+        world, stage, tensor, expert = map(int, layout.split("."))
+        parallel = Parallel(zero_stage=stage, tensor=tensor, expert=expert)
+        first, rows = dist.run(audit.on_ranks, world, parallel)[0]
+        start = first if start is None else start
+        found.append(Found(layout, rows, all(first[key].equal(value) for key, value in start.items())))
+    return found
 
 
 def show(found: list[Found], console: Console) -> None:
-    """A row for each tensor, a column for each layout."""
-    _, registry = harness.parts_of(audit.recipe(harness.layout_of(1, 1, 1)))
-    table = Table("tensor", "lr x", "decay x", *(layout.layout for layout in found), box=None)
-    table.add_row("starts from the same values", "", "", *("yes" if layout.same_start else "NO" for layout in found))
-    for number, (name, entry) in enumerate(registry.entries.items()):
-        cells = [_cell(layout.rows[number]) for layout in found]
-        table.add_row(name, f"{entry.lr_mult:g}", f"{entry.wd_mult:g}", *cells)
-    console.width = max(console.width, 80 + 10 * len(found))
-    console.print(table)
+    """A row for each tensor over all layouts, then a row for each layout over all tensors."""
+    tensors = Table("tensor", "lr x", "decay x", "smallest", "largest", "left out", box=None)
+    for name, entry in _entries().items():
+        rows = [next(row for row in layout.rows if row.name == name) for layout in found]
+        ratios, reasons = [row.ratio for row in rows if row.entries], {row.reason for row in rows if row.reason}
+        tensors.add_row(name, f"{entry.lr_mult:g}", f"{entry.wd_mult:g}", *_ends(ratios), ", ".join(reasons))
+    layouts = Table("layout", "same start", "tensors", "smallest", "largest", box=None)
+    for layout in found:
+        ratios = layout.ratios()
+        layouts.add_row(layout.layout, "yes" if layout.same_start else "NO", str(len(ratios)), *_ends(ratios))
+    console.width = max(console.width, 120)
+    console.print(tensors)
+    console.print(layouts)
 
 
-def _cell(row: audit.Row) -> str:
-    return row.reason if math.isnan(row.ratio) else f"{row.ratio:.6f}"
+def _ends(ratios: list[float]) -> tuple[str, str]:
+    return (f"{min(ratios):.6f}", f"{max(ratios):.6f}") if ratios else ("", "")
+
+
+def as_json(found: list[Found]) -> dict[str, Any]:
+    """Plain values: by tensor its muP factors and, by layout, the ratio or why there is none."""
+    return {
+        "bench": "step_audit",
+        "layouts": "world.stage.tensor.expert",
+        "same_start": {layout.layout: layout.same_start for layout in found},
+        "largest_deviation": max(abs(ratio - 1) for layout in found for ratio in layout.ratios()),
+        "target": audit.TOLERANCE,
+        "tensors": {
+            name: {
+                "lr_multiplier": entry.lr_mult,
+                "decay_multiplier": entry.wd_mult,
+                "ratio": {layout.layout: _value(layout, name) for layout in found},
+            }
+            for name, entry in _entries().items()
+        },
+    }
+
+
+def _value(layout: Found, name: str) -> float | str:
+    row = next(row for row in layout.rows if row.name == name)
+    return row.reason if math.isnan(row.ratio) else round(row.ratio, 7)
+
+
+def _entries() -> dict[str, Any]:
+    """The tiny recipe's table of muP."""
+    return harness.parts_of(audit.recipe(Parallel()))[1].entries
 
 
 if __name__ == "__main__":
