@@ -1,7 +1,8 @@
 """Recipe files and key=value overrides -> one frozen Recipe. The only module that knows omegaconf.
 
 A file may name one or more others under `base:`, relative to itself; they apply in that order, then the file, then the
-command line. Mappings merge, lists replace. A file that is inherited along two ways applies once, at its first place.
+command line. Mappings merge, but an empty one ({}) empties what was inherited; lists replace. A file that is inherited
+along two ways applies once, at its first place.
 """
 
 import re
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args, get_origin
 
 import yaml
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, read_write
 from omegaconf.errors import OmegaConfBaseException
 
 from mmtrain.config.errors import ConfigError
@@ -163,9 +164,11 @@ def _apply(config: DictConfig, layer: Layer, origins: dict[str, str], problems: 
     for leaf in found:
         key = ".".join(leaf.path)
         for stale in [old for old in origins if old.startswith(key + ".")]:
-            if leaf.value is None:  # a section switched off takes the origins of what it held with it
+            if leaf.value is None or _empties(leaf):  # a section switched off takes the origins of what it held with it
                 del origins[stale]
         origins[key] = layer.origin
+        if _empties(leaf):
+            _empty(config, leaf.path)
     try:
         return OmegaConf.merge(config, _tree(found))
     except (OmegaConfBaseException, TypeError, ValueError):
@@ -176,6 +179,21 @@ def _apply(config: DictConfig, layer: Layer, origins: dict[str, str], problems: 
         except (OmegaConfBaseException, TypeError, ValueError):
             problems.append(_wrong_value(layer.origin, leaf))
     return config
+
+
+def _empties(leaf: Leaf) -> bool:
+    """Whether a leaf is an empty mapping of names, which a merge would pass over."""
+    return leaf.value == {} and get_origin(bare(leaf.kind)) is dict
+
+
+def _empty(config: DictConfig, path: tuple[str, ...]) -> None:
+    """Take all names out of the mapping at `path`, if it is there."""
+    for name in path[:-1]:
+        if config.get(name) is None:
+            return
+        config = config[name]
+    with read_write(config):  # frozen, as the dataclass is
+        config[path[-1]] = {}
 
 
 def _leaves(

@@ -85,6 +85,20 @@ def test_an_inherited_section_can_be_switched_off(folder):
     assert "upcycle.vision.noise" not in origins
 
 
+def test_an_empty_mapping_empties_what_was_inherited(folder):
+    sources = "data: {sources: {b: {shards: data/b}}}\neval: {every: 5, sources: {c: {shards: data/c}}}"
+    write("base.yaml", f"base: good.yaml\n{sources}\nmup: {{base: {{decoder: {{hidden_size: 8}}, vision: {{}}}}}}")
+    recipe, origins = load_with_origins("base.yaml", ["eval.sources={}", "mup.base.decoder={}"])
+    assert recipe.eval == Eval(every=5) and recipe.mup.base == {"decoder": {}, "vision": {}}
+    assert origins["eval.sources"] == "command line" and "eval.sources.c.shards" not in origins
+    write("only.yaml", "base: base.yaml\ndata: {sources: {}}")
+    assert load("only.yaml", ["data.sources.d.shards=data/d"]).data.sources == {"d": Source("data/d")}
+    kept = load(
+        "base.yaml", ["eval={}", "data={}", "model.vision={}"]
+    )  # sections with fixed keys have no names to drop
+    assert kept == load("base.yaml")
+
+
 def test_overrides_are_yaml_values(folder):
     patterns = ["trainable=[connector.*, vision.patch.*]", "optim.lr_multipliers={decoder.embedding.*: 0.1}"]
     recipe = load("good.yaml", ["optim.lr=1e-4", "init_from=", *patterns])
