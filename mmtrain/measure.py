@@ -13,6 +13,7 @@ from mmtrain.evaluate.matching import Matching
 from mmtrain.model.balance import RouterState
 from mmtrain.parallel.engine import Engine
 from mmtrain.parallel.groups import Groups
+from mmtrain.samples import SampleCount
 from mmtrain.totals import LossTotals, StepSums
 
 
@@ -68,10 +69,11 @@ class HeldOut:
 
     def _losses(self, engine: Engine, routers: RouterState) -> dict[str, float]:
         """Mean language loss over the held-out batches, by source and over all."""
-        totals = LossTotals(self._recipe.model)
+        totals, samples = LossTotals(self._recipe.model), SampleCount(self._recipe.data.max_bad_fraction)
         with self._loader() as loader:
             for step in loader:
                 sums = StepSums.of(step, 0, self._groups, len(self._recipe.eval.sources))
+                samples.add(sums, step, self._groups)
                 inputs = routers.inputs(sums.label_weight, sums.valid_tokens)
                 for batch in step.micro_batches:
                     totals.add(engine.evaluate(batch.to(self._groups.device), inputs))

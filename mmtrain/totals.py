@@ -33,6 +33,10 @@ class StepSums:
     """Images that are not blank."""
     unusable: int
     """Samples that could not be used."""
+    samples: int
+    """Samples that were read, or could not be."""
+    bad: int
+    """Those that could not, without what the recipe withholds."""
     documents: list[int]
     """By source: documents packed; each part of one that was cut counts."""
     stop: int
@@ -41,7 +45,7 @@ class StepSums:
     @classmethod
     def of(cls, step: Step | None, stop: int, groups: Groups, num_sources: int) -> "StepSums":
         """Add up over the ranks: the one collective before a step's first forward. A rank without a step adds 0."""
-        counts = torch.zeros(6 + len(PARTS) + num_sources, dtype=torch.float64)
+        counts = torch.zeros(8 + len(PARTS) + num_sources, dtype=torch.float64)
         if step is not None:
             counts[:] = torch.tensor([step.label_weight, *_counts(step)], dtype=torch.float64)
         stops = torch.zeros(STOP_CODES, dtype=torch.float64)
@@ -50,7 +54,7 @@ class StepSums:
         mine = torch.cat([counts * (groups.tensor_rank == 0), stops])
         total = groups.sum_over_world(mine.to(groups.device))
         weight, valid, rest = total[0], total[1 : 1 + len(PARTS)], total[1 + len(PARTS) :].tolist()
-        tokens, positions, labels, images, unusable, *documents = map(int, rest[:-STOP_CODES])
+        tokens, positions, labels, images, unusable, samples, bad, *documents = map(int, rest[:-STOP_CODES])
         return cls(
             label_weight=weight,
             valid_tokens=dict(zip(PARTS, valid.unbind(), strict=True)),
@@ -59,13 +63,15 @@ class StepSums:
             labels=labels,
             images=images,
             unusable=unusable,
+            samples=samples,
+            bad=bad,
             documents=documents,
             stop=max(code for code, heard in enumerate(rest[-STOP_CODES:]) if heard),
         )
 
 
 def _counts(step: Step) -> list[float]:
-    """Valid tokens by part, tokens, positions, labels, images, unusable samples, documents by source."""
+    """Valid tokens by part, tokens, positions, labels, images, lines of the ledger, samples, bad ones, documents."""
     batches = step.micro_batches
     documents = torch.zeros(batches[0].num_sources, dtype=torch.int64)
     for batch in batches:
@@ -78,6 +84,8 @@ def _counts(step: Step) -> list[float]:
         sum(int((batch.weights > 0).sum()) for batch in batches),
         sum(int(batch.image_valid.sum()) for batch in batches),
         len(step.ledger),
+        step.samples,
+        len(step.bad),
         *documents.tolist(),
     ]
 

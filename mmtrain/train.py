@@ -24,6 +24,7 @@ from mmtrain.run.guard import Guard, StopFlag, exit_code, stop_reason
 from mmtrain.run.heartbeat import Heartbeat
 from mmtrain.run.lock import RunLock
 from mmtrain.run.profile import ProfileWindow
+from mmtrain.samples import SampleCount
 from mmtrain.totals import FAILED, LossTotals, StepSums
 from mmtrain.watch import Watch, window
 
@@ -86,7 +87,7 @@ def run(
         _, sums = agreed(*next_step(batches), 0, groups, sources)
         log.info("%s: every check passed; a step holds %d tokens, %d images", recipe.name, sums.tokens, sums.images)
         return finish(loader, lock, groups)
-    guard = Guard(recipe.guard, done.guard)
+    guard, samples = Guard(recipe.guard, done.guard), SampleCount(recipe.data.max_bad_fraction, done.metrics)
 
     # ---- the loop
     started, stopped = time.perf_counter(), 0
@@ -96,6 +97,7 @@ def run(
                 with watch.phase("data_wait"):
                     mine = next_step(batches)
                 data, sums = agreed(*mine, stop.code(), groups, sources)
+                samples.add(sums, data, groups)
                 probe = GradientProbe(groups.device) if watch.expects_line(step, sums) else None
                 inputs = routers.inputs(sums.label_weight, sums.valid_tokens, probe)
                 totals = LossTotals(recipe.model)
@@ -130,7 +132,8 @@ def run(
                 # Before the checkpoint: once the last one is there, the same command has nothing left to do.
                 watch.summarise(time.perf_counter() - started, guard)
             if stopped or step == total_steps or step % recipe.checkpoint.every == 0:
-                watch.save(step, routers, data.cursor, guard, last=bool(stopped) or step == total_steps)
+                last = bool(stopped) or step == total_steps
+                watch.save(step, routers, data.cursor, guard, samples, last)
             if stopped:
                 log.info("%s: stopped after step %d: %s", recipe.name, step, stop_reason(stopped))
                 break

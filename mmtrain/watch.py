@@ -34,6 +34,7 @@ from mmtrain.run.report import Report, table, write_report
 from mmtrain.run.retain import HELD_OUT
 from mmtrain.run.saver import Saver
 from mmtrain.run.wandb_log import WandbLog
+from mmtrain.samples import SampleCount
 from mmtrain.totals import LossTotals, StepSums
 
 log = logging.getLogger("mmtrain")
@@ -199,7 +200,15 @@ class Watch:
         self._heart.at(self._step, "waiting for the checkpoint")
         self._saver.settle()
 
-    def save(self, step: int, routers: RouterState, cursor: Mapping[str, Any], guard: Guard, last: bool) -> None:
+    def save(
+        self,
+        step: int,
+        routers: RouterState,
+        cursor: Mapping[str, Any],
+        guard: Guard,
+        samples: SampleCount,
+        last: bool,
+    ) -> None:
         """Start a checkpoint. Collective. last: nothing changes the weights any more."""
         engine, mesh = self._built.engine, self._groups.mesh
         held_out = self._measured.held_out.get("all", math.nan) if self._measured else math.nan
@@ -216,7 +225,7 @@ class Watch:
             registry_hash=self._built.registry.hash(),
             cursor=cursor,
             routers=routers.as_json(),
-            metrics={**self._counters, **measured},
+            metrics={**self._counters, **samples.as_json(), **measured},
             guard=guard.as_json(),
         )
         with self.paused("save"):

@@ -107,7 +107,8 @@ class Data:
     quarantine: str = ""
     """JSON lines with source, shard and key, as in ledger.jsonl: these samples stay planned but are never read."""
     max_bad_fraction: float = 0.01
-    """Training stops when more than this share of the samples read so far was unusable (never before 100 samples)."""
+    """Training stops when more than this share of the samples that all ranks have read since step 1 was unusable (never
+    before 100 samples)."""
     skip_packs: list[int] = field(default_factory=list)
     """Packs of the stream (from 0; step t, from 1, begins at (t - 1) * global_batch) that stay planned but are served
     as padding without weight, so that no other pack moves."""

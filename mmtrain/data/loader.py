@@ -28,9 +28,6 @@ from mmtrain.data.window import Skipped
 STEPS_AHEAD = 2
 """Steps planned and being decoded while the model works on one."""
 
-MIN_SAMPLES = 100
-"""No run is stopped for its share of bad samples before it has read this many."""
-
 
 class _Pending(NamedTuple):
     """A step on its way."""
@@ -85,7 +82,6 @@ class Loader:
         )
         self._reader = Reader(self._spec, tokenizer)
         self._pool = WorkerPool(self._spec, recipe.data.workers) if recipe.data.workers else None
-        self._read = self._bad = 0
 
     @cached_property
     def total_steps(self) -> int:
@@ -172,10 +168,9 @@ class Loader:
         batches = [stack(group, self._shape, len(self._sources)) for group in groups]
         names = tuple(self._sources)
         ledger = [line for item in read for line in item.ledger]
-        bad = len(ledger) - sum(bool(planned.withheld) for pack in pending.packs for planned in pack)
+        withheld = {planned.withheld for pack in pending.packs for planned in pack if planned.withheld}
         for skipped in pending.skipped:
             ledger.append({**skipped._asdict(), "source": names[skipped.source], "tokens": 0})
-        self._count(sum(map(len, pending.packs)) + len(pending.skipped), bad + len(pending.skipped), ledger)
         return Step(
             micro_batches=batches,
             label_weight=float(sum(batch.weights.sum(dtype=batch.weights.dtype).item() for batch in batches)),
@@ -184,6 +179,8 @@ class Loader:
             served=pending.served,
             ledger=ledger,
             pack_keys=[item.arrays.keys for item in read],
+            samples=sum(map(len, pending.packs)) + len(pending.skipped),
+            bad=[line for line in ledger if line["reason"] not in withheld],
         )
 
     def _valid_tokens(self, batches: Sequence[Batch]) -> dict[str, float]:
@@ -197,19 +194,6 @@ class Loader:
             "connector": float(images * self._shape.image_tokens),
             "decoder": float(positions),
         }
-
-    def _count(self, read: int, bad: int, ledger: Sequence[Mapping[str, Any]]) -> None:
-        """DataError when too large a share of the samples read so far was unusable."""
-        self._read += read
-        self._bad += bad
-        most = self._recipe.data.max_bad_fraction
-        if self._read >= MIN_SAMPLES and self._bad > most * self._read and ledger:
-            last = ledger[-1]
-            raise DataError(
-                f"data: {self._bad} of {self._read} samples read so far were unusable, more than "
-                f"data.max_bad_fraction={most}; the last one: shard {last['shard']}, sample {last['key']}: "
-                f"{last['reason']}; repair the shards, or raise data.max_bad_fraction"
-            )
 
 
 def check_sources(recipe: Recipe, tokenizer: Tokenizer) -> None:

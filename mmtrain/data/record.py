@@ -203,3 +203,7 @@ class Step:
     """Samples of this step that were not used: source, shard, key, reason, and the tokens that are padding for them."""
     pack_keys: list[list[str]] = field(default_factory=list)
     """Sample keys of every pack of this rank, in order."""
+    samples: int = 0
+    """Samples that were read, or could not be; a cut document counts in each of its packs."""
+    bad: list[dict[str, Any]] = field(default_factory=list)
+    """The lines of the ledger of samples that could not be used, without those that the recipe withholds."""

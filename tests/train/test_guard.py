@@ -1,19 +1,16 @@
 """Steps and samples that are left out."""
 
 import json
-import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from mmtrain.config.schema import Checkpoint, Guard, Recipe, Source
-from mmtrain.data.index import index_path, open_folder, read_index
+from mmtrain.config.schema import Checkpoint, Guard, Recipe
 from mmtrain.run.reader import open_checkpoint
-from tests.data.inputs import tokenizer
 from tests.train import jobs, tasks
-from tests.train.tiny import curve, tensors
+from tests.train.tiny import corrupt_captions, curve, tensors
 
 Make = Callable[..., Recipe]
 
@@ -38,17 +35,8 @@ def test_skipped_steps_change_nothing_and_are_told(make: Make, tmp_path: Path) -
 
 
 def test_a_corrupt_image_weighs_nothing(make: Make, shards: Path, tmp_path: Path) -> None:
-    """The index knows only headers: a broken body is found when the pack is decoded."""
-    shutil.copytree(shards / "captions", tmp_path / "captions")
-    shard = open_folder(tmp_path / "captions", tokenizer())[0]
-    entry = read_index(shard.index).entries[1]
-    member = next(member for member in entry.members if member.suffix == "png")
-    with Path(shard.path).open("r+b") as file:
-        file.seek(member.offset + 45)  # behind signature, IHDR and the head of IDAT
-        file.write(bytes(max(member.size - 60, 8)))
-    assert index_path(Path(shard.path)).exists()
+    captions, entry, shard = corrupt_captions(shards, tmp_path)
     recipe = make(tmp_path / "run", steps=3)
-    captions = Source(str(tmp_path / "captions"))
     recipe = replace(
         recipe, data=replace(recipe.data, sources={"captions": captions}, global_batch=8, max_bad_fraction=1.0)
     )

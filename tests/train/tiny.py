@@ -1,6 +1,7 @@
 """A tiny stage on tiny shards of all four kinds, and what two runs of it have in common."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,11 +23,13 @@ from mmtrain.config.schema import (
     Source,
     Vision,
 )
+from mmtrain.data.index import Shard, open_folder, read_index
+from mmtrain.data.record import IndexEntry
 from mmtrain.data.tokenizer import Tokenizer
 from mmtrain.run.metrics import PHASES, Rates, read_metrics
 from mmtrain.run.reader import Reader, open_checkpoint
 from mmtrain.run.retain import committed
-from tests.data.inputs import TEXTS, picture, question, write_lines
+from tests.data.inputs import TEXTS, picture, question, tokenizer, write_lines
 from tools.make_shards import make_shards
 
 KINDS = ("captions", "interleaved", "text", "instruct")
@@ -117,6 +120,18 @@ def recipe(shards: Path, out: Path, tokenizer: Tokenizer, **changes: Any) -> Rec
         log=Log(every=1),
     )
     return replace(stage, **changes)
+
+
+def corrupt_captions(shards: Path, folder: Path) -> tuple[Source, IndexEntry, Shard]:
+    """A copy of the captions, one image with a broken body: the index knows only headers, so decoding finds it."""
+    shutil.copytree(shards / "captions", folder / "captions")
+    shard = open_folder(folder / "captions", tokenizer())[0]
+    entry = read_index(shard.index).entries[1]
+    member = next(member for member in entry.members if member.suffix == "png")
+    with Path(shard.path).open("r+b") as file:
+        file.seek(member.offset + 45)  # behind signature, IHDR and the head of IDAT
+        file.write(bytes(max(member.size - 60, 8)))
+    return Source(str(folder / "captions")), entry, shard
 
 
 def measured(recipe: Recipe, every: int) -> Recipe:
