@@ -9,7 +9,6 @@ is off by more than 1e-3, or when a layout starts from other values than the fir
 """
 
 import argparse
-import math
 import sys
 from collections.abc import Iterable
 from typing import Any, NamedTuple
@@ -91,27 +90,33 @@ def _ends(ratios: list[float]) -> tuple[str, str]:
 
 
 def as_json(found: list[Found]) -> dict[str, Any]:
-    """Plain values: by tensor its muP factors and, by layout, the ratio or why there is none."""
+    """Both tables as plain values."""
     return {
         "bench": "step_audit",
-        "layouts": "world.stage.tensor.expert",
-        "same_start": {layout.layout: layout.same_start for layout in found},
         "largest_deviation": max(abs(ratio - 1) for layout in found for ratio in layout.ratios()),
         "target": audit.TOLERANCE,
+        "layouts": {
+            layout.layout: {
+                "same_start": layout.same_start,
+                "tensors": len(layout.ratios()),
+                "left_out": {row.name: row.reason for row in layout.rows if row.reason},
+                **_range(layout.ratios()),
+            }
+            for layout in found
+        },
         "tensors": {
             name: {
                 "lr_multiplier": entry.lr_mult,
                 "decay_multiplier": entry.wd_mult,
-                "ratio": {layout.layout: _value(layout, name) for layout in found},
+                **_range([row.ratio for layout in found for row in layout.rows if row.name == name and row.entries]),
             }
             for name, entry in _entries().items()
         },
     }
 
 
-def _value(layout: Found, name: str) -> float | str:
-    row = next(row for row in layout.rows if row.name == name)
-    return row.reason if math.isnan(row.ratio) else round(row.ratio, 7)
+def _range(ratios: list[float]) -> dict[str, float]:
+    return {"smallest": round(min(ratios), 7), "largest": round(max(ratios), 7)} if ratios else {}
 
 
 def _entries() -> dict[str, Any]:

@@ -21,8 +21,12 @@ def test_the_command_audits_a_layout_and_keeps_the_table(
     assert step_audit.main() == 0
     kept = json.loads((tmp_path / "step_audit.json").read_text())
     assert kept["command"] == "python -m tools.step_audit 1.1.1.1 --save"
-    assert kept["largest_deviation"] <= kept["target"] == audit.TOLERANCE and kept["same_start"] == {"1.1.1.1": True}
-    assert kept["tensors"][TENSOR]["lr_multiplier"] == 0.5 and set(kept["tensors"][TENSOR]["ratio"]) == {"1.1.1.1"}
+    assert kept["largest_deviation"] <= kept["target"] == audit.TOLERANCE
+    layout, tensor = kept["layouts"]["1.1.1.1"], kept["tensors"][TENSOR]
+    assert layout["same_start"] and layout["tensors"] == len(kept["tensors"]) and layout["left_out"] == {}
+    assert tensor["lr_multiplier"] == 0.5 and abs(tensor["smallest"] - 1) <= audit.TOLERANCE
+    extremes = [kept["tensors"][name][end] for name in kept["tensors"] for end in ("smallest", "largest")]
+    assert (layout["smallest"], layout["largest"]) == (min(extremes), max(extremes))
     printed = capsys.readouterr().out
     assert TENSOR in printed and "1.1.1.1" in printed
 
