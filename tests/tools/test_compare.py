@@ -50,4 +50,4 @@ def test_the_memory_of_a_command_is_that_of_all_its_processes() -> None:
 def test_a_process_that_has_ended_has_no_memory() -> None:
     process = psutil.Popen([sys.executable, "-c", ""])
     process.wait()
-    assert stages.family(process) == [] and stages.own_bytes(process) == 0
+    assert stages.family(process) == [] and stages.resident(process) == (0, 0)

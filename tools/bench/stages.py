@@ -2,9 +2,9 @@
 
     python -m tools.bench.stages RECIPES... [key=value ...] [--ranks N] [--save NAME]
 
-Runs launch/stages.py recipe by recipe and adds up, twice a second at most, the memory of every process that it
-starts: launcher, ranks, readers (proportional set size: a page that several processes share counts once). What a stage
-took lies in OUT/measured.json; a stage that is done already is read from there. Prints one JSON line.
+Runs launch/stages.py recipe by recipe and adds up, ten times a second, the memory of every process that it starts:
+launcher, ranks, readers; what each has to itself, and pages of files, which they share, once. What a stage took lies in
+OUT/measured.json; a stage that is done already is read from there. Prints one JSON line.
 """
 
 import argparse
@@ -20,7 +20,7 @@ import psutil
 from launch.entry import positive, run, setup
 from tools.bench.record import ROOT, tell
 
-INTERVAL = 0.5  # seconds between two looks; a look at a process of some GiB takes some hundredths of a second itself
+INTERVAL = 0.1  # seconds between two looks
 MEASURED = "measured.json"
 
 
@@ -55,8 +55,9 @@ def peak_gib(command: list[str]) -> tuple[float, int]:
     peak, most = 0, 0
     while process.poll() is None:
         time.sleep(INTERVAL)
-        sizes = [size for size in map(own_bytes, family(process)) if size]
-        peak, most = max(peak, sum(sizes)), max(most, len(sizes))
+        looks = [look for look in map(resident, family(process)) if any(look)]
+        total = sum(own for own, _ in looks) + max((files for _, files in looks), default=0)
+        peak, most = max(peak, total), max(most, len(looks))
     if process.returncode:
         raise DataError(f"{subprocess.list2cmdline(command)} ended with code {process.returncode}; run it again")
     return peak / 2**30, most
@@ -70,12 +71,13 @@ def family(process: psutil.Process) -> list[psutil.Process]:
         return []
 
 
-def own_bytes(process: psutil.Process) -> int:
-    """Proportional set size; 0 for a process that has just ended."""
+def resident(process: psutil.Process) -> tuple[int, int]:
+    """Bytes in memory that the process has to itself, and those of files or shared; 0 for one that has just ended."""
     try:
-        return process.memory_full_info().pss
+        info = process.memory_info()
     except (psutil.NoSuchProcess, psutil.AccessDenied):
-        return 0
+        return 0, 0
+    return info.rss - info.shared, info.shared
 
 
 def stage(out: Path, peak: float, processes: int) -> dict[str, Any]:
