@@ -4,12 +4,11 @@
 
 Runs launch/stages.py recipe by recipe and adds up, ten times a second, the memory of every process that it starts:
 launcher, ranks, readers; what each has to itself, and pages of files, which they share, once. What a stage took lies in
-OUT/measured.json; a stage that is done already is read from there. Prints one JSON line.
+OUT/measured.json, and of one that was interrupted, the memory so far: the same command goes on. Prints one JSON line.
 """
 
 import argparse
 import json
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -31,6 +30,7 @@ def main() -> int:
     parser.add_argument("--ranks", type=positive, default=2, help="processes of each stage")
     parser.add_argument("--save", default="", metavar="NAME", help="keep the line as results/NAME.json too")
     options = parser.parse_intermixed_args()
+    from mmtrain.config.errors import DataError
     from mmtrain.config.load import load
 
     recipes = [argument for argument in options.arguments if "=" not in argument]
@@ -39,18 +39,21 @@ def main() -> int:
     for recipe in recipes:
         out = Path(load(recipe, overrides).out)
         command = [sys.executable, str(ROOT / "launch/stages.py"), recipe, *overrides, "--ranks", str(options.ranks)]
-        if not (out / MEASURED).exists():
-            peak, processes = peak_gib(command)
-            (out / MEASURED).write_text(json.dumps(stage(out, peak, processes)) + "\n")
+        seen = json.loads((out / MEASURED).read_text()) if (out / MEASURED).exists() else {}
+        if "steps" not in seen:
+            seen, code = peak_memory(command, seen)
+            out.mkdir(parents=True, exist_ok=True)
+            (out / MEASURED).write_text(json.dumps({**({} if code else what(out)), **seen}) + "\n")
+            if code:
+                raise DataError(f"{recipe} ended with code {code}; run the same command again")
         stages.append({"recipe": recipe, **json.loads((out / MEASURED).read_text())})
     tell({"bench": options.save or "stages", "ranks": options.ranks, "stages": stages}, save=bool(options.save))
     return 0
 
 
-def peak_gib(command: list[str]) -> tuple[float, int]:
-    """Run `command`; (highest memory of all its processes together in GiB, most processes at once)."""
-    from mmtrain.config.errors import DataError
-
+def peak_memory(command: list[str], before: dict[str, Any]) -> tuple[dict[str, Any], int]:
+    """Run `command`; (highest memory of all its processes together, or what was seen `before` if that is more; its exit
+    code)."""
     process = psutil.Popen(command, stdout=sys.stderr)
     peak, most = 0, 0
     while process.poll() is None:
@@ -58,9 +61,8 @@ def peak_gib(command: list[str]) -> tuple[float, int]:
         looks = [look for look in map(resident, family(process)) if any(look)]
         total = sum(own for own, _ in looks) + max((files for _, files in looks), default=0)
         peak, most = max(peak, total), max(most, len(looks))
-    if process.returncode:
-        raise DataError(f"{subprocess.list2cmdline(command)} ended with code {process.returncode}; run it again")
-    return peak / 2**30, most
+    seen = {"peak_gib_all_processes": round(peak / 2**30, 2), "processes": most}
+    return {key: max(value, before.get(key, 0)) for key, value in seen.items()}, process.returncode
 
 
 def family(process: psutil.Process) -> list[psutil.Process]:
@@ -80,8 +82,8 @@ def resident(process: psutil.Process) -> tuple[int, int]:
     return info.rss - info.shared, info.shared
 
 
-def stage(out: Path, peak: float, processes: int) -> dict[str, Any]:
-    """What a stage that ended has left in its folder, beside what was seen of its memory."""
+def what(out: Path) -> dict[str, Any]:
+    """What a stage that ended has left in its folder."""
     from mmtrain.run.metrics import read_metrics
     from mmtrain.run.report import NAME
 
@@ -95,8 +97,6 @@ def stage(out: Path, peak: float, processes: int) -> dict[str, Any]:
         "tokens": report["tokens"],
         "tokens_per_second": round(rates[len(rates) // 2], 1) if rates else None,
         "seconds": round(report["timings"]["total_seconds"], 1),
-        "peak_gib_all_processes": round(peak, 2),
-        "processes": processes,
         "peak_gib_largest_rank": round(report["peak_memory_gib"], 2),
     }
 
