@@ -4,6 +4,9 @@ A model is trained for a few steps at several widths. Each probe keeps an activa
 after (h_t) them; the size of the change is RMS(h_t - h_0). Under muP it does not depend on width (Tensor Programs V,
 arXiv:2203.03466, appendix D.1), so log2 of it against log2 width has slope 0. Attention, router and output logits may
 shrink, because at the start their summands are independent. Growth is the dangerous direction.
+
+A probe passes when its slope is proven to lie within the limits: the whole of slope +- 2 standard errors does. A few
+units hold much noise (a squeeze layer of a small base has 16), so a proof may take more than the least number of seeds.
 """
 
 import math
@@ -78,6 +81,12 @@ class Verdict:
     lowest: float
     problem: str
     """Empty when it passes."""
+
+    @property
+    def outside(self) -> bool:
+        """Whether all of slope +- 2 standard errors lies beyond a limit, or there is no slope: no noise explains it."""
+        slope, error = self.fit.slope, self.fit.error
+        return math.isnan(slope) or slope - 2 * error > HIGHEST or slope + 2 * error < self.lowest
 
 
 @contextmanager

@@ -62,12 +62,29 @@ def test_the_error_of_a_slope_counts_against_it():
     assert verdict.fit.slope < 0.10 and verdict.problem.startswith(("grows", "shrinks"))
 
 
+@pytest.mark.parametrize(
+    ("kind", "slope", "noise", "problem", "outside"),
+    [
+        ("block", 0.3, 0.1, "grows", True),
+        ("block", 0.3, 1.5, "grows", False),
+        ("block", -0.5, 0.1, "shrinks", True),
+        ("logits", -0.5, 0.1, "", False),
+        ("block", 0.0, 0.1, "", False),
+    ],
+)
+def test_outside_is_what_no_noise_explains(kind, slope, noise, problem, outside):
+    (verdict,) = judge({f"{kind} decoder.blocks.1": sizes(slope, noise)})
+    assert verdict.problem.startswith(problem) and bool(verdict.problem) == bool(problem)
+    assert verdict.outside == outside
+
+
 @pytest.mark.parametrize("bad", [0.0, math.nan, math.inf])
 def test_what_does_not_change_or_diverges_is_a_problem(bad):
     by_width = sizes(0.0)
     by_width[64.0][1] = bad
     (verdict,) = judge({"block decoder.blocks.1": by_width})
     assert verdict.problem == f"changed by {bad:g} at width 64: nothing learns there, or training diverged"
+    assert verdict.outside
 
 
 @pytest.mark.parametrize(
