@@ -9,6 +9,7 @@ pass and says so in the recipe. key=value are values of the target, such as init
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -118,7 +119,7 @@ def write_recipe(
     mup = {name: value for name, value in asdict(settled.mup).items() if name not in ("base", "lr")}
     mup |= {"lr": dict(settled.mup.lr), "base": base_widths(proxy)}
     body: dict = {
-        "base": str(target_file.resolve()),
+        "base": os.path.relpath(target_file.resolve(), out.parent.resolve()),
         "mup": mup,
         "optim": {"lr": settled.optim.lr, "weight_decay": settled.optim.weight_decay},
     }

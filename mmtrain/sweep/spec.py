@@ -93,6 +93,7 @@ class Sweep:
     sampler: Sampler = "tpe"
     trials: int = 0
     seed: int = 0
+    """Of the sampler: a study's points follow from it (TPE's also from the results that are there when it is asked)."""
     storage: Literal["journal", "sqlite"] = "journal"
     objective: str = "all"
     """Held-out source whose loss at the last step is minimised."""

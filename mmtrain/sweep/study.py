@@ -22,6 +22,7 @@ from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 from optuna.trial import FrozenTrial, TrialState
 
 from mmtrain.config.errors import ConfigError
+from mmtrain.config.seed import derive
 from mmtrain.run.lock import RunLock
 from mmtrain.sweep.spec import VARIANT, Choices, Prune, Sweep, Value
 from mmtrain.sweep.trial import Curve, Judge, Outcome
@@ -70,7 +71,7 @@ class Study:
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             self._storage = _storage(sweep.out / FILES[sweep.storage], sweep.storage)
             self._study = optuna.create_study(
-                storage=self._storage, sampler=_sampler(sweep), study_name=sweep.name, load_if_exists=True
+                storage=self._storage, sampler=_sampler(sweep, 0), study_name=sweep.name, load_if_exists=True
             )
         self._distributions = _distributions(sweep)
         if create:
@@ -149,6 +150,7 @@ class Study:
         """A new trial, or the next one that waits."""
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            self._study.sampler = _sampler(self.sweep, len(self._study.get_trials(deepcopy=False)))
             trial = self._study.ask(self._distributions)
         lock = self._lock(trial.number)
         assert lock is not None, "a number that was just made belongs to nobody"
@@ -260,11 +262,15 @@ def _storage(path: Path, kind: str) -> BaseStorage:
     return JournalStorage(JournalFileBackend(str(path), JournalFileOpenLock(str(path))))
 
 
-def _sampler(sweep: Sweep) -> optuna.samplers.BaseSampler:
-    """constant_liar: workers that ask at the same time get points that differ."""
+def _sampler(sweep: Sweep, trial: int) -> optuna.samplers.BaseSampler:
+    """The sampler of one trial, so that neither the number of workers nor a restart changes the points of a study.
+
+    constant_liar: workers that ask at the same time get points that differ.
+    """
+    seed = derive(sweep.seed, "sampler", trial) % 2**32
     if sweep.sampler == "tpe":
-        return optuna.samplers.TPESampler(constant_liar=True)
-    return optuna.samplers.RandomSampler()
+        return optuna.samplers.TPESampler(constant_liar=True, seed=seed)
+    return optuna.samplers.RandomSampler(seed=seed)
 
 
 def _plain(trial: FrozenTrial) -> Trial:

@@ -126,6 +126,25 @@ def test_samplers_stay_in_their_ranges_and_stop_at_their_number(tmp_path, sample
         assert trial.params[VARIANT] in ("a", "b")
 
 
+@pytest.mark.parametrize("sampler", ["tpe", "random"])
+def test_points_follow_from_the_seed_and_not_from_who_asks(tmp_path, sampler):
+    space = {"optim.lr": Range(1e-3, 1e-1), "mup.init": Range(0.5, 2.0)}
+
+    def points(name: str, seed: int, workers: int) -> list[dict]:
+        chosen = sweep(tmp_path / name, sampler=sampler, trials=14, search=space, seed=seed)  # TPE learns from the 10th
+        studies = [Study(chosen) for _ in range(workers)]
+        for turn in range(14):
+            study = studies[turn % workers]
+            claim = study.claim()
+            study.finish(claim, *outcome(claim.params["optim.lr"]))
+        return [trial.params for trial in studies[0].trials()]
+
+    alone = points("alone", 0, 1)
+    assert points("shared", 0, 3) == alone
+    assert points("other", 1, 1) != alone
+    assert len({point["optim.lr"] for point in alone}) == 14
+
+
 def test_the_best_points_of_each_variant_are_repeated_with_other_seeds(tmp_path):
     study = Study(sweep(tmp_path, variants={"a": (), "b": ()}, repeat=Repeat(best=1, seeds=(7, 8))))
     claims = []

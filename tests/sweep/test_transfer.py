@@ -2,11 +2,13 @@
 
 import json
 import math
+import os
 import tempfile
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import yaml
 
 from mmtrain.config.errors import ConfigError
 from mmtrain.config.load import load
@@ -83,6 +85,7 @@ def test_the_best_values_reach_a_runnable_recipe_with_their_base_and_origin(file
         "head_dim": 8,
         "intermediate_size": 48,
     }
+    assert yaml.safe_load(out.read_text())["base"] == os.path.relpath(target, out.parent)
     told = "\n".join(lines)
     assert "transferred by width: optim.lr=0.004, mup.output=2" in told
     assert "not transferred: optim.clip" in told
