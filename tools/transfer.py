@@ -86,7 +86,7 @@ def carry(
         *(f"flagged: {edge}" for edge in at_edge(sweep, best)),
     ]
     written = write_recipe(out, target_file, overrides, proxy, values, lines)
-    lines += costs(written, trials)
+    lines += costs(written, [trial for trial in trials if trial.params.get(VARIANT) == best.params[VARIANT]])
     lr = written.optim.lr
     lines.append(
         "check at the target, a short run each: " + ", ".join(f"optim.lr={lr * factor:.4g}" for factor in CHECKED)
@@ -142,8 +142,9 @@ def _with(body: dict, overrides: Sequence[str]) -> dict:
 
 
 def costs(target: Recipe, trials: list[Trial]) -> list[str]:
-    """What tuning took against what the target takes, and what laws would say."""
-    spent = sum(trial.facts.get("flops", 0.0) for trial in trials)
+    """What tuning took, by the proxy's trials that ended, against what the target takes, and what laws would say."""
+    ended = [trial for trial in trials if trial.facts]
+    spent = sum(trial.facts["flops"] for trial in ended)
     try:
         cost = step_cost(target)
     except (ConfigError, DataError) as error:
@@ -153,7 +154,7 @@ def costs(target: Recipe, trials: list[Trial]) -> list[str]:
         tokens = cost.tokens
         whole = cost.flops * target.steps
         share = f"{spent / whole:.1%} of the target's {whole:.3g}" if whole else "the target runs by epochs"
-        lines = [f"cost of tuning: {spent:.3g} FLOPs in {len(trials)} trials, {share}"]
+        lines = [f"cost of tuning: {spent:.3g} FLOPs in {len(ended)} trials, {share}"]
     return lines + sanity(target, target.optim.lr, tokens, target.steps)
 
 

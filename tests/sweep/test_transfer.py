@@ -98,6 +98,19 @@ def test_the_best_values_reach_a_runnable_recipe_with_their_base_and_origin(file
     assert origin["values"] == {"optim.lr": 0.004, "mup.output": 2.0} and len(origin["trials"]) == 2
 
 
+def test_the_cost_is_that_of_the_proxys_own_trials_that_ended(files, tmp_path):
+    _, target = files
+    file = target.with_name("two.yaml")
+    file.write_text(SWEEP.replace("OUT", str(tmp_path / "run")) + "variants: {narrow: [], other: [steps=9]}\n")
+    sweep = read_sweep(file)
+    study = Study(sweep)
+    for _ in range(8):  # of 24: two points of both seeds, no more
+        claim = study.claim()
+        study.finish(claim, *outcome(1.0))
+    lines = carry(sweep, target, [], tmp_path / "made.yaml", "narrow", [])
+    assert any(line.startswith("cost of tuning: 4e+03 FLOPs;") for line in lines)
+
+
 @pytest.mark.parametrize(
     ("change", "told"),
     [
