@@ -14,6 +14,7 @@ and coord_check.png to --out. Exit code 0 when everything is as it must be, else
 import argparse
 import json
 import math
+import shlex
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -127,10 +128,7 @@ def write(
         "problems": list(problems),
         "findings": {
             finding.name: {
-                "probes": {
-                    verdict.probe: asdict(verdict) | {"fit": verdict.fit._asdict()} for verdict in finding.verdicts
-                },
-                "sizes": finding.sizes,
+                "probes": {verdict.probe: _kept(verdict, finding.sizes[verdict.probe]) for verdict in finding.verdicts},
                 "wrong_factors": finding.formulas,
             }
             for finding in findings
@@ -139,6 +137,18 @@ def write(
     path = out / "coord_check.json"
     path.write_text(json.dumps(report, indent=1) + "\n")
     return path, plot(findings, out / "coord_check.png")
+
+
+def _kept(verdict: Verdict, sizes: dict[float, list[float]]) -> dict[str, Any]:
+    """A verdict as plain values, with the change by width: the geometric mean over seeds."""
+    numbers = {key: round(value, 4) for key, value in verdict.fit._asdict().items()}
+    change = {width: float(f"{_middle(values):.4g}") for width, values in sizes.items()}
+    return asdict(verdict) | {"fit": numbers, "change": change}
+
+
+def _middle(values: Sequence[float]) -> float:
+    """Geometric mean."""
+    return float(Tensor(values).log2().mean().exp2())
 
 
 def plot(findings: Sequence[Finding], path: Path) -> Path:
@@ -155,8 +165,7 @@ def plot(findings: Sequence[Finding], path: Path) -> Path:
                 sizes = finding.sizes[verdict.probe]
                 style = {"color": "tab:red"} if verdict.problem else {"color": "tab:blue", "alpha": 0.6}
                 dashed = "--" if verdict.kind in LOGITS else "-"
-                middle = [float(Tensor(values).log2().mean().exp2()) for values in sizes.values()]
-                axis.plot(list(sizes), middle, dashed, marker=".", **style)
+                axis.plot(list(sizes), list(map(_middle, sizes.values())), dashed, marker=".", **style)
             axis.set(xscale="log", yscale="log", title=f"{finding.name}: {part}" if row == 0 else part)
             axis.set_xscale("log", base=2)
     figure.supxlabel("decoder width (red: outside the limits; dashed: logits, which may shrink)")
@@ -190,7 +199,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         Console(stderr=True).print(f"error: {error}", style="red", soft_wrap=True, markup=False, highlight=False)
         return 2
-    settings = {"recipe": str(args.recipe), "overrides": args.overrides, "grow": args.grow, "lr": recipe.optim.lr}
+    command = shlex.join(["python", "-m", "tools.coord_check", *(sys.argv[1:] if argv is None else argv)])
+    settings = {
+        "command": command,
+        "recipe": str(args.recipe),
+        "overrides": args.overrides,
+        "grow": args.grow,
+        "lr": recipe.optim.lr,
+    }
     settings |= {"widths": args.widths, "seeds": args.seeds, "steps": args.steps}
     settings["seconds"] = round(time.monotonic() - started, 1)
     show(findings, problems, console)

@@ -94,7 +94,8 @@ def test_the_command_writes_slopes_and_a_plot_and_fails_on_what_proves_nothing(t
     assert report["pass"] is False and report["findings"].keys() == {"muP", "SP"}
     probe = report["findings"]["muP"]["probes"]["block decoder.blocks.0"]
     assert probe["fit"].keys() == {"slope", "error", "r2", "count"} and probe["part"] == "decoder"
-    assert report["findings"]["muP"]["sizes"]["block decoder.blocks.0"].keys() == {"8", "16"}
+    assert probe["change"].keys() == {"8", "16"} and all(0 < change < 10 for change in probe["change"].values())
+    assert report["command"].startswith("python -m tools.coord_check ") and "--seeds 2" in report["command"]
     assert (tmp_path / "out" / "coord_check.png").read_bytes().startswith(b"\x89PNG")
 
 
