@@ -29,7 +29,8 @@ def stack(packs: Sequence[PackArrays], shape: Shape, num_sources: int) -> Batch:
     starts = np.concatenate([pack.starts + number * length for number, pack in enumerate(packs)])
     count = len(starts)
     if count:
-        images = torch.from_numpy(np.concatenate([pack.panels for pack in packs]))
+        panels = [pack.panels for pack in packs]
+        images = torch.from_numpy(panels[0] if len(panels) == 1 else np.concatenate(panels))
         slots = torch.from_numpy(starts[:, None] + np.arange(per_image))
     else:
         images = torch.zeros(1, 3, shape.canvas.height, shape.canvas.width, dtype=torch.uint8)

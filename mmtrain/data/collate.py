@@ -35,8 +35,8 @@ class Laid:
     """[n] int32; the placeholder's id at image positions."""
     supervised: np.ndarray
     """[n] bool: whether the token is a target of the loss."""
-    panels: np.ndarray
-    """[k, 3, H, W] uint8."""
+    panels: list[np.ndarray]
+    """[k, 3, H, W] uint8 of each image."""
     starts: list[int]
     """First position of each panel, within the row."""
 
@@ -104,8 +104,7 @@ def lay_out(document: Document, cut: Cut | None, shape: Shape, image_id: int) ->
         rows.append(row)
         masks.append(mask)
         length += len(row)
-    pixels = np.concatenate(panels) if panels else np.empty((0, 3, shape.canvas.height, shape.canvas.width), np.uint8)
-    return Laid(np.concatenate(rows), np.concatenate(masks), pixels, starts)
+    return Laid(np.concatenate(rows), np.concatenate(masks), panels, starts)
 
 
 EVEN = LossWeights()
@@ -142,7 +141,7 @@ def collate_pack(
             weights[begin : end - 1] = mask[1:] * np.where(seen, loss_weights.after_image, loss_weights.text_only)
             labels[begin : end - 1] = np.where(weights[begin : end - 1] > 0, row[1:], 0)
             source_ids[begin:end] = slot.source
-            panels.append(slot.laid.panels)
+            panels += slot.laid.panels
         begin = end
     pixels = np.concatenate(panels) if starts else np.empty((0, 3, shape.canvas.height, shape.canvas.width), np.uint8)
     keys = [slot.key for slot in slots]

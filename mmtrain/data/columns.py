@@ -143,6 +143,11 @@ class Columns:
         return self[name][_start(ends, number) : ends[number]].tobytes().decode("utf-8", "surrogateescape")
 
     @cached_property
+    def _suffixes(self) -> list[str]:
+        """The different suffixes, by number."""
+        return [self.text("suffix", number) for number in range(len(self["suffix_end"]))]
+
+    @cached_property
     def unusable(self) -> np.ndarray:
         """[samples] bool: whether there is a reason not to use it."""
         return np.diff(self["reason_end"], prepend=0) > 0
@@ -158,7 +163,7 @@ class Columns:
             int(self["offset"][number]),
             int(self["size"][number]),
             KINDS[self["kind"][number]],
-            tuple(Member(self.text("suffix", suffix), *where) for suffix, *where in zip(*of_member, strict=True)),
+            tuple(Member(self._suffixes[suffix], *where) for suffix, *where in zip(*of_member, strict=True)),
             tuple(Segment(*row) for row in zip(map(TokenKind, kinds), *of_segment, strict=True)),
             self.text("reason", number),
         )

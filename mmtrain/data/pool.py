@@ -14,6 +14,7 @@ from typing import NamedTuple
 from mmtrain.config.errors import DataError
 from mmtrain.data.ordering import Planned
 from mmtrain.data.reader import ReaderSpec, ReadPack
+from mmtrain.data.wire import receive
 
 ROOT = Path(__file__).resolve().parents[2]
 """Folder that holds the package."""
@@ -48,7 +49,7 @@ class WorkerPool:
         worker = self._idle.get()
         try:
             worker.connection.send(pack)
-            answer = worker.connection.recv()
+            answer = receive(worker.connection)
         except (EOFError, OSError):
             samples = ", ".join(f"{planned.index} sample {planned.row}" for planned in pack[:4])
             raise DataError(

@@ -15,6 +15,7 @@ from multiprocessing.connection import Connection
 
 from mmtrain.config.errors import DataError
 from mmtrain.data.reader import Reader, ReadPack
+from mmtrain.data.wire import send
 
 PARENT_POLL_SECONDS = 1.0
 """How often a worker looks whether its parent still lives."""
@@ -46,7 +47,7 @@ def main() -> None:
                     answer = error
                 except Exception:  # a defect of ours: shown in full by the trainer
                     answer = traceback.format_exc()
-                connection.send(answer)
+                send(connection, answer)
         except (EOFError, BrokenPipeError, ConnectionResetError):
             return
 
