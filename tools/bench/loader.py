@@ -1,26 +1,23 @@
-"""The loader against its limits, on the same images and one core; the planner; memory; the cost of a resume.
+"""The loader against its limits, on the same images and one core; and its memory.
 
-    python -m tools.bench.loader images [--seconds 2]      one JSON line for each kind and size of image
-    python -m tools.bench.loader planner                   samples/s by recipe-like settings; resume at step 100,000
-    python -m tools.bench.loader memory                    peak memory with 1 and 4 workers
+    python -m tools.bench.loader images [--seconds 0.5] [--rounds 3] [--save]
+    python -m tools.bench.loader memory [--save]           peak memory with 1 and 4 workers
 
 images: `loader` is this package's Loader with one worker; `webdataset` is webdataset's pipeline with its own decoder
 (Pillow) and a resize to the canvas; `decode` and `pillow` decode and resize from memory, nothing else: the limits of
 the two. Rates are images per second of processor time of all processes involved, so that other work on the machine
-does not count. Images are made here: smooth noise with the spectrum of photographs, and small shapes as PNG.
+counts less. All four take turns in every round; rates and ratios are medians over rounds. Images are made here: smooth
+noise with the spectrum of photographs, and small shapes as PNG.
 """
 
 import argparse
 import io
-import json
 import os
-import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, replace
-from hashlib import sha256
+from dataclasses import replace
 from pathlib import Path
+from statistics import median
 
 import numpy as np
 import psutil
@@ -28,22 +25,20 @@ import webdataset
 from PIL import Image
 
 from mmtrain.config.schema import Connector, Data, Model, Recipe, Source, Vision
-from mmtrain.config.tokens import TokenKind
-from mmtrain.data.columns import Columns, Index
 from mmtrain.data.image import Canvas, decode_image
-from mmtrain.data.index import VERSION, build_index, open_folder, write_index
+from mmtrain.data.index import build_index, write_index
 from mmtrain.data.loader import Loader
-from mmtrain.data.ordering import Sizer
-from mmtrain.data.plan import Planner
-from mmtrain.data.record import IndexEntry, IndexHeader, Member, Segment
 from mmtrain.data.shards import ShardWriter
 from mmtrain.data.tokenizer import Tokenizer, train_bpe
+from tools.bench.record import tell
 
 KINDS = ("photo baseline", "photo progressive", "small png")
 SIZES = (112, 224, 336)
 PICTURES = 96
 LENGTH = 2048
 PER_IMAGE = 64
+IMAGES_A_PACK = 16
+"""As many as a recipe allows unless it says otherwise; the token budget would hold more."""
 
 
 # ---- images
@@ -105,14 +100,14 @@ def processor_seconds(processes: Sequence[psutil.Process]) -> float:
     return sum(sum(process.cpu_times()[:2]) for process in processes)
 
 
-def rate(work: Iterator[int], processes: Sequence[psutil.Process], seconds: float) -> tuple[float, float]:
-    """Images per second of processor time, and of wall time, of work that yields how many it has done."""
+def rate(work: Iterator[int], processes: Sequence[psutil.Process], seconds: float) -> float:
+    """Images per second of processor time of work that yields how many it has done."""
     for _ in range(3):
         next(work)
-    done, used, began = 0, processor_seconds(processes), time.perf_counter()
+    done, used = 0, processor_seconds(processes)
     while processor_seconds(processes) - used < seconds:
         done += next(work)
-    return done / (processor_seconds(processes) - used), done / (time.perf_counter() - began)
+    return done / (processor_seconds(processes) - used)
 
 
 def loaded(loader: Loader) -> Iterator[int]:
@@ -148,7 +143,7 @@ def pillow(data: bytes, size: int) -> np.ndarray:
     return np.asarray(image.resize((size, size), Image.Resampling.BICUBIC)).transpose(2, 0, 1)
 
 
-def bench_images(seconds: float) -> Iterator[dict[str, object]]:
+def bench_images(seconds: float, rounds: int) -> Iterator[dict[str, object]]:
     """All kinds and sizes."""
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     me = psutil.Process()
@@ -159,127 +154,24 @@ def bench_images(seconds: float) -> Iterator[dict[str, object]]:
             tokenizer = shards_of(folder, files)
             for size in SIZES:
                 canvas = Canvas(size, size)
-                found: dict[str, tuple[float, float]] = {
-                    "decode": rate(repeated(files, lambda data, c=canvas: decode_image(data, c)), [me], seconds),
-                    "pillow": rate(repeated(files, lambda data, s=size: pillow(data, s)), [me], seconds),
-                    "webdataset": rate(webdataset_pillow(folder, size), [me], seconds),
-                }
                 with Loader(recipe_of(folder, size, workers=1), tokenizer, 0, 1) as loader:
                     workers = [psutil.Process(pid) for pid in loader.worker_pids()]
-                    found["loader"] = rate(loaded(loader), [me, *workers], seconds)
-                ours, limit, theirs, ceiling = (found[n][0] for n in ("loader", "decode", "webdataset", "pillow"))
+                    work = {
+                        "decode": (repeated(files, lambda data, c=canvas: decode_image(data, c)), [me]),
+                        "pillow": (repeated(files, lambda data, s=size: pillow(data, s)), [me]),
+                        "webdataset": (webdataset_pillow(folder, size), [me]),
+                        "loader": (loaded(loader), [me, *workers]),
+                    }
+                    found = [{n: rate(*of, seconds) for n, of in work.items()} for _ in range(rounds)]
                 yield {
-                    "bench": "loader",
                     "images": kind,
                     "size": size,
-                    "per_processor_second": {n: round(value, 1) for n, (value, _) in found.items()},
-                    "per_second": {n: round(value, 1) for n, (_, value) in found.items()},
-                    "of_decode_alone": round(ours / limit, 3),
-                    "of_webdataset": round(ours / theirs, 2),
-                    "its_ceiling": round(limit / ceiling, 2),
-                    "packs_per_processor_second": round(ours / min(16, LENGTH // (PER_IMAGE + 8)), 2),
+                    "per_processor_second": {n: round(median(turn[n] for turn in found), 1) for n in work},
+                    "of_decode_alone": round(median(turn["loader"] / turn["decode"] for turn in found), 3),
+                    "of_webdataset": round(median(turn["loader"] / turn["webdataset"] for turn in found), 2),
+                    "its_ceiling": round(median(turn["decode"] / turn["pillow"] for turn in found), 2),
+                    "packs_per_processor_second": round(median(t["loader"] for t in found) / IMAGES_A_PACK, 2),
                 }
-
-
-# ---- planner
-
-
-def synthetic(kind: str, rng: np.random.Generator, samples: int) -> Columns:
-    """Sizes of one shard of captions, illustrated documents or texts, as real ones are distributed."""
-    entries = []
-    image = Segment(TokenKind.IMAGE, width=640, height=480)
-    for number in range(samples):
-        text = int(rng.lognormal({"captions": 2.8, "interleaved": 3.5, "text": 6.0}[kind], 0.8)) + 4
-        segments = {
-            "captions": (image, Segment(TokenKind.TEXT, text, text)),
-            "interleaved": (Segment(TokenKind.TEXT, text, text), image) * int(rng.integers(1, 8)),
-            "text": (Segment(TokenKind.TEXT, text, text),),
-        }[kind]
-        members = (Member("json", 512, 300), Member("jpg", 2048, 40_000))
-        entries.append(IndexEntry(f"{number:09d}", 45_000 * number, 45_000, "caption", members, segments))
-    return Columns.of(entries)
-
-
-def bench_planner() -> Iterator[dict[str, object]]:
-    """Samples planned per second of processor time, indexes parsed and checked on the way; and resuming far inside."""
-    weights, per_shard, samples = {"captions": 45.0, "interleaved": 45.0, "text": 10.0}, 1000, 10_000_000
-    rng = np.random.default_rng(0)
-    payloads = {name: synthetic(name, rng, per_shard).to_bytes() for name in weights}
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        tokenizer = Tokenizer(train_bpe(["x"], 400, folder / "tokenizer.json"))
-        share = {"captions": 0.7, "interleaved": 0.2, "text": 0.1}
-        for source, (payload, lengths) in payloads.items():
-            (folder / source).mkdir()
-            for number in range(int(share[source] * samples / per_shard)):
-                header = IndexHeader(
-                    VERSION, tokenizer.hash, f"http://x/{source}{number:06d}.tar", 1, "", per_shard, 0, 0, 0, 0
-                )
-                line = asdict(header) | {"lengths": lengths, "payload_sha256": sha256(payload).hexdigest()}
-                (folder / source / f"{number:06d}.index").write_text(json.dumps(line) + "\n")
-
-        def read(path: str) -> Index:
-            """What reading the file costs, without gigabytes of files."""
-            source = Path(path).parent.name
-            payload, lengths = payloads[source]
-            sha256(payload).hexdigest()
-            header = IndexHeader(VERSION, "", "", 1, "", per_shard, 0, 0, 0, 0)
-            return Index(path, header, Columns.from_bytes(payload, lengths))
-
-        for length, images, per_image in ((2048, 16, 64), (2048, 16, 144), (4096, 16, 144), (512, 16, 64)):
-            data = Data(tokenizer="", sequence_length=length, max_images=images, global_batch=64)
-            began = time.process_time()
-            shards = {source: open_folder(folder / source, tokenizer) for source in weights}
-            opened = time.process_time() - began
-
-            def fresh(data: Data = data, shards: dict = shards, per_image: int = per_image) -> Planner:
-                return Planner(shards, data, 0, Sizer(Canvas(224, 224), per_image), weights, read=read)
-
-            planner = fresh()
-            planner.next_step()
-            first = time.process_time() - began
-            used, documents, tokens, wait = time.process_time(), 0, 0, 0
-            for _ in range(60):
-                for pack in planner.next_step().packs:
-                    documents += len(pack)
-                    tokens += sum([planned.tokens for planned in pack])
-                wait = max(wait, planner.longest_wait)
-            used = time.process_time() - used
-            counts = {source: len(of_source) * per_shard for source, of_source in shards.items()}
-            cursor = later(planner.cursor(), 100_000 * 64 - planner.packs, counts)
-            began = time.process_time()
-            resumed = fresh()
-            resumed.restore(cursor)
-            resumed.next_step()
-            yield {
-                "bench": "planner",
-                "sequence_length": length,
-                "image_tokens": per_image,
-                "max_images": images,
-                "samples": samples,
-                "documents_per_pack": round(documents / 60 / 64, 2),
-                "samples_per_second": round(documents / used),
-                "packs_per_second": round(60 * 64 / used),
-                "padding": round(1 - tokens / 60 / 64 / length, 4),
-                "longest_wait": wait,
-                "open_seconds": round(opened, 3),
-                "first_step_seconds": round(first - opened, 3),
-                "step_100000_seconds": round(time.process_time() - began, 3),
-                "cursor_bytes": len(json.dumps(cursor)),
-            }
-
-
-def later(cursor: dict, packs: int, samples: dict[str, int]) -> dict:
-    """The same cursor as it would look so many packs later: counters moved, the window kept."""
-    moved = json.loads(json.dumps(cursor)) | {"packs": cursor["packs"] + packs}
-    for name, source in moved["sources"].items():
-        drawn = source["next"][0] * packs // cursor["packs"] // samples[name] * samples[name]
-        first, *rest = source["waiting"].split(",")
-        ordinal, part, entered = map(int, first.split())
-        source["waiting"] = ",".join([f"{ordinal + drawn} {part} {entered + packs}", *rest])
-        source["next"][0] += drawn
-        source["served"] += source["served"] * packs // cursor["packs"]
-    return moved
 
 
 # ---- memory
@@ -297,7 +189,6 @@ def bench_memory() -> Iterator[dict[str, object]]:
                     pass
                 each = [peak(pid) for pid in loader.worker_pids()]
             yield {
-                "bench": "loader memory",
                 "workers": workers,
                 "before_mib": round(before),
                 "trainer_mib": round(peak(os.getpid())),
@@ -311,16 +202,20 @@ def peak(pid: int) -> float:
     return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1024
 
 
-def main() -> int:
+def main() -> None:
+    """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["images", "planner", "memory"])
-    parser.add_argument("--seconds", type=float, default=2.0, help="processor time of each measurement (images)")
+    parser.add_argument("what", choices=["images", "memory"])
+    parser.add_argument("--seconds", type=float, default=0.5, help="processor time of each measurement (images)")
+    parser.add_argument("--rounds", type=int, default=3, help="times that each is measured (images)")
+    parser.add_argument("--save", action="store_true", help="write results/loader_images.json or loader_memory.json")
     arguments = parser.parse_args()
-    found = {"images": lambda: bench_images(arguments.seconds), "planner": bench_planner, "memory": bench_memory}
-    for line in found[arguments.what]():
-        print(json.dumps(line), flush=True)
-    return 0
+    if arguments.what == "images":
+        rows = list(bench_images(arguments.seconds, arguments.rounds))
+        tell({"bench": "loader_images", "target": {"of_decode_alone": 0.9}, "rows": rows}, arguments.save)
+    else:
+        tell({"bench": "loader_memory", "rows": list(bench_memory())}, arguments.save)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
