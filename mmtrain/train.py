@@ -13,6 +13,7 @@ from mmtrain.config.schema import Recipe
 from mmtrain.data.loader import Loader, check_sources
 from mmtrain.data.record import Step
 from mmtrain.data.tokenizer import Tokenizer
+from mmtrain.data.transfer import on_device
 from mmtrain.measure import HeldOut
 from mmtrain.model.balance import RouterState
 from mmtrain.model.probe import GradientProbe
@@ -101,9 +102,9 @@ def run(
                 probe = GradientProbe(groups.device) if watch.expects_line(step, sums) else None
                 inputs = routers.inputs(sums.label_weight, sums.valid_tokens, probe)
                 totals = LossTotals(recipe.model)
-                for number, batch in enumerate(data.micro_batches):
+                for number, batch in enumerate(on_device(data.micro_batches, groups.device)):
                     with watch.phase("forward"):
-                        losses = engine.forward(batch.to(groups.device), inputs)
+                        losses = engine.forward(batch, inputs)
                     with watch.phase("backward"):
                         engine.backward(losses.total, last=number == len(data.micro_batches) - 1)
                     totals.add(losses)

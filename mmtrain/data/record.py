@@ -181,8 +181,15 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch with every tensor on `device`."""
-        tensors = {name: value for name, value in vars(self).items() if hasattr(value, "device")}
-        return replace(self, **{name: value.to(device, non_blocking=True) for name, value in tensors.items()})
+        return replace(self, **{name: t.to(device, non_blocking=True) for name, t in self.tensors().items()})
+
+    def pinned(self) -> Batch:
+        """The same batch in memory that a GPU reads by itself."""
+        return replace(self, **{name: tensor.pin_memory() for name, tensor in self.tensors().items()})
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Its tensors by name."""
+        return {name: value for name, value in vars(self).items() if hasattr(value, "device")}
 
 
 @dataclass(frozen=True)

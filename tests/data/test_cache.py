@@ -7,6 +7,7 @@ from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import fsspec
 import pytest
 
 from mmtrain.config.errors import ConfigError, DataError
@@ -153,6 +154,23 @@ def test_remote_shards_are_the_same_stream(folder: Path, remote: tuple[Path, str
     found = steps(make(where, workers=workers, cache=str(where / "copies"), cache_gib=room))
     assert [packs(step) for step in found] == [packs(step) for step in expected]
     assert 1 <= len(list((where / "copies").glob("*.tar"))) <= 4
+
+
+def test_shards_of_an_object_store_come_through_fsspec(folder: Path, tmp_path: Path) -> None:
+    """fsspec's store in memory stands for s3 and its like: whatever webdataset has no opener for."""
+    store = fsspec.filesystem("memory")
+    (tmp_path / "text").mkdir()
+    for tar in (folder / "text").glob("*.tar"):
+        address = f"memory://bucket/{tar.name}"
+        store.pipe(address, tar.read_bytes())
+        write_index(build_index(tar, tokenizer(), address)[0], tmp_path / "text" / f"{tar.stem}.index")
+    made, local = (
+        make(folder, {"steps": 2}, sources={"text": Source(str(where / "text"))}, cache=str(tmp_path / "copies"))
+        for where in (tmp_path, folder)
+    )
+    assert [packs(step) for step in steps(made)] == [packs(step) for step in steps(local)]
+    assert list((tmp_path / "copies").glob("*.tar"))
+    store.rm("bucket", recursive=True)
 
 
 def test_indexes_may_name_commands_only_if_the_recipe_trusts_them(folder: Path, tmp_path: Path) -> None:
