@@ -124,11 +124,11 @@ def _nan_gradient(hit: Callable[[], bool]) -> None:
     """One element of one gradient on this rank, between the last backward and the norm."""
     norms = Engine.norms
 
-    def poisoned(self: Engine) -> Any:
+    def poisoned(self: Engine, *probe: Any) -> Any:
         if hit():
             _, gradient = next(iter(self._state.gradients()))
             gradient.view(-1)[0] = math.nan
-        return norms(self)
+        return norms(self, *probe)
 
     Engine.norms = poisoned
 

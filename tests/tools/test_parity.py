@@ -20,7 +20,7 @@ CASE = Case(2, 1, 2, 1, 1, "sgd", True, False)
 
 def test_layouts_are_named_by_four_numbers() -> None:
     found = parity.chosen(False, ["2.1.2.1"])
-    assert {case[:4] for case in found} == {(2, 1, 2, 1)} and len(found) == 9
+    assert {case[:4] for case in found} == {(2, 1, 2, 1)} and len(found) == 11
     assert parity.chosen(True, []) == matrix.full() and parity.chosen(False, []) == matrix.covering()
     with pytest.raises(ConfigError, match=r"--layouts 2.1.2: four numbers are needed, world.stage.tensor.expert"):
         parity.chosen(False, ["2.1.2"])
