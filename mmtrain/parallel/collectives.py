@@ -12,98 +12,38 @@ gather_split the whole of it, for one that is split over the group: `gather`, th
 scatter      the sum over the group, of which each rank keeps its run: `reduce`, then `own_run`, at the price of one.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.distributed as dist
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-
-class _Enter(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: FunctionCtx, x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
-        ctx.group = group
-        return x.view_as(x)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: FunctionCtx, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
-        total = grad.clone(memory_format=torch.contiguous_format)  # autograd may hand the same tensor to others
-        dist.all_reduce(total, group=ctx.group)
-        return total, None
+Map = Callable[[torch.Tensor, dist.ProcessGroup], torch.Tensor]
+"""One tensor of every rank -> one tensor on every rank, linear."""
 
 
-class _Reduce(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: FunctionCtx, x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
-        total = x.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(total, group=group)
-        return total
+class _Linear(torch.autograd.Function):
+    """A linear map over the group forward, another backward: its transpose, for the gradients that the ranks hold."""
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: FunctionCtx, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return grad, None
-
-
-class _Exchange(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: FunctionCtx, rows: torch.Tensor, send: list[int], receive: list[int], group: dist.ProcessGroup
-    ) -> torch.Tensor:
-        ctx.arguments = (receive, send, group)
-        return _all_to_all(rows, send, receive, group)
+    def forward(ctx: FunctionCtx, x: torch.Tensor, group: dist.ProcessGroup, there: Map, back: Map) -> torch.Tensor:
+        ctx.group, ctx.back = group, back
+        return there(x, group)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: FunctionCtx, grad: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
-        return _all_to_all(grad, *ctx.arguments), None, None, None
+        return ctx.back(grad, ctx.group), None, None, None
 
 
-class _OwnRun(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: FunctionCtx, x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
-        ctx.group = group
-        return _run(x, group)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: FunctionCtx, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return _join_runs(grad, ctx.group), None
+def _same(x: torch.Tensor, _: dist.ProcessGroup) -> torch.Tensor:
+    return x.view_as(x)
 
 
-class _Gather(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: FunctionCtx, x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
-        ctx.group = group
-        return _join_runs(x, group)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: FunctionCtx, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return _run(grad, ctx.group), None
-
-
-class _GatherSplit(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: FunctionCtx, x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
-        ctx.group = group
-        return _join_runs(x, group)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: FunctionCtx, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return _sum_run(grad, ctx.group), None
-
-
-class _Scatter(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: FunctionCtx, x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
-        ctx.group = group
-        return _sum_run(x, group)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: FunctionCtx, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return _join_runs(grad, ctx.group), None
+def _sum(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    total = x.clone(memory_format=torch.contiguous_format)  # autograd may hand the same tensor to others
+    dist.all_reduce(total, group=group)
+    return total
 
 
 def _run(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
@@ -126,6 +66,20 @@ def _sum_run(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
     return total
 
 
+class _Exchange(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx, rows: torch.Tensor, send: list[int], receive: list[int], group: dist.ProcessGroup
+    ) -> torch.Tensor:
+        ctx.arguments = (receive, send, group)
+        return _all_to_all(rows, send, receive, group)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, grad: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+        return _all_to_all(grad, *ctx.arguments), None, None, None
+
+
 def _all_to_all(rows: torch.Tensor, send: list[int], receive: list[int], group: dist.ProcessGroup) -> torch.Tensor:
     out = rows.new_empty(sum(receive), *rows.shape[1:])
     dist.all_to_all_single(out, rows.contiguous(), receive, send, group=group)
@@ -134,12 +88,12 @@ def _all_to_all(rows: torch.Tensor, send: list[int], receive: list[int], group: 
 
 def enter(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
     """x itself; its gradient is the sum of the group's gradients."""
-    return _Enter.apply(x, group)
+    return _Linear.apply(x, group, _same, _sum)
 
 
 def reduce(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
     """The sum of the group's x; the gradient passes as it is."""
-    return _Reduce.apply(x, group)
+    return _Linear.apply(x, group, _sum, _same)
 
 
 def exchange(rows: torch.Tensor, send: list[int], receive: list[int], group: dist.ProcessGroup) -> torch.Tensor:
@@ -154,19 +108,19 @@ def exchange(rows: torch.Tensor, send: list[int], receive: list[int], group: dis
 
 def own_run(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
     """x [B, T, d], the same on every rank -> this rank's positions [B, T / size, d]; the gradient is gathered."""
-    return _OwnRun.apply(x, group)
+    return _Linear.apply(x, group, _run, _join_runs)
 
 
 def gather(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
     """x [B, T / size, d] of every rank -> [B, T, d]; of its gradient, the same on every rank, each keeps its run."""
-    return _Gather.apply(x, group)
+    return _Linear.apply(x, group, _join_runs, _run)
 
 
 def gather_split(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
     """x [B, T / size, d] of every rank -> [B, T, d]; each rank gets its run of the sum of the group's gradients."""
-    return _GatherSplit.apply(x, group)
+    return _Linear.apply(x, group, _join_runs, _sum_run)
 
 
 def scatter(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
     """x [B, T, d] -> this rank's run [B, T / size, d] of the sum of the group's x; the gradient is gathered."""
-    return _Scatter.apply(x, group)
+    return _Linear.apply(x, group, _sum_run, _join_runs)

@@ -23,7 +23,8 @@ from mmtrain.model.decoder import Decoder
 from mmtrain.model.mlp import Mlp
 from mmtrain.model.moe import Routed, SparseMlp
 from mmtrain.parallel.collectives import gather, own_run
-from mmtrain.parallel.tensor import Split, parameters
+from mmtrain.parallel.layers import Split
+from mmtrain.parallel.tensor import parameters
 
 
 def split_sequence(model: nn.Module, group: dist.ProcessGroup) -> set[str]:
