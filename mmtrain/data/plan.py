@@ -69,7 +69,7 @@ class Planner:
         self._quarantine = quarantine
         total = sum(weights[name] for name in names)
         self._check(names, sizer, data)
-        # Bound on the wait: see Filler.take_overdue. A quarter of it is window, the rest is freedom to choose.
+        # Bound on the wait: see Filler._overdue. A quarter of it is window, the rest is freedom to choose.
         volume = (data.max_wait - 4 * len(names) - 2) / 4
         self._patience = data.max_wait - math.ceil(2 * (volume + 2 * len(names)) + 2)
         self._skipped: list[Skipped] = []
