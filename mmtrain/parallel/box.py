@@ -70,7 +70,7 @@ class Piece:
     global_shape  shape of the whole tensor (without the padding of the vocabulary).
     box           part of the tensor that this rank's tensor and expert coordinates hold.
     flat          half-open range inside the box, in row-major order: what ZeRO gives to this rank.
-    tensor        the elements, fp32, 1-D, a view of live memory: copy it before the next step.
+    tensor        the elements, fp32, 1-D, detached, a view of live memory: copy it before the next step.
     step          updates that the moments have seen (Adam's bias correction); 0 for kind "param".
     """
 

@@ -69,32 +69,32 @@ class Transfer:
     def pieces(self, updates: int) -> Iterator[Piece]:
         """What this rank writes: over all ranks, each element of each tensor once. Views of live memory."""
         for shard in self._state.shards():
-            if self._writes(shard.name):
-                start, stop = share(self._groups, shard.name, shard.stop) if self._whole else (shard.start, shard.stop)
+            first, end = share(self._groups, shard.name, shard.stop) if self._whole else (shard.start, shard.stop)
+            start, stop = self._written(shard.name, first, end)
+            if start < stop:
+                placement = self._layout[shard.name]
                 for kind, tensor in self._tensors(shard.holder):
-                    values = shard.of(tensor)[start - shard.start : stop - shard.start]
-                    yield from self._piece(shard.name, kind, start, values, updates)
+                    step = updates if kind in MOMENTS else 0
+                    values = shard.of(tensor, start, stop)
+                    yield Piece(shard.name, kind, placement.shape, placement.real, (start, stop), values, step)
         for name, frozen in self._frozen.items():
-            if self._writes(name):
-                yield from self._piece(name, "param", frozen.start, frozen.values, updates)
+            start, stop = self._written(name, frozen.start, frozen.start + frozen.values.numel())
+            if start < stop:
+                placement = self._layout[name]
+                values = frozen.values[: stop - start]
+                yield Piece(name, "param", placement.shape, placement.real, (start, stop), values)
 
-    def _writes(self, name: str) -> bool:
-        """One of the tensor ranks that hold the same elements writes them."""
-        return self._groups.tensor_rank == 0 or name in self._cut
+    def _written(self, name: str, start: int, stop: int) -> tuple[int, int]:
+        """What of a parameter's elements [start, stop) this rank writes: not the vocabulary's padding, and nothing
+        where another tensor rank holds the same elements."""
+        speaks = self._groups.tensor_rank == 0 or name in self._cut
+        return start, min(stop, self._layout[name].real.numel) if speaks else start
 
     def _tensors(self, holder: torch.Tensor) -> Iterator[tuple[Kind, torch.Tensor]]:
         """Master and moments of one holder."""
         yield "param", holder
         state = self._optimizer.state.get(holder, {})
         yield from ((kind, state[kind]) for kind in MOMENTS if kind in state)
-
-    def _piece(self, name: str, kind: Kind, start: int, values: torch.Tensor, updates: int) -> Iterator[Piece]:
-        """The piece of elements [start, start + len(values)) of a parameter, without the vocabulary's padding."""
-        placement = self._layout[name]
-        stop = min(start + values.numel(), placement.real.numel)
-        if start < stop:
-            step = updates if kind in MOMENTS else 0
-            yield Piece(name, kind, placement.shape, placement.real, (start, stop), values[: stop - start], step)
 
     def load(self, read: Read, updates: int) -> None:
         """Take every parameter, and with `updates` > 0 AdamW's moments and step count, from `read`."""
@@ -115,7 +115,7 @@ class Transfer:
         stop = min(shard.stop, real.numel)
         if shard.start < stop:
             values = read(shard.name, kind, real, (shard.start, stop))
-            shard.of(tensor)[: stop - shard.start].copy_(values)
+            shard.of(tensor, shard.start, stop).copy_(values)
 
     def _restore_frozen(self, read: Read, name: str, frozen: Frozen) -> None:
         placement = self._layout[name]

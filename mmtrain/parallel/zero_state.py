@@ -30,9 +30,9 @@ class Shard:
     holder: torch.Tensor
     offset: int
 
-    def of(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The run in `tensor`, which is laid out as the holder: a 1-D view."""
-        return tensor.detach().view(-1)[self.offset : self.offset + self.stop - self.start]
+    def of(self, tensor: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+        """The parameter's elements [start, stop), all in this run, in a `tensor` laid out as the holder: a 1-D view."""
+        return tensor.detach().view(-1).narrow(0, self.offset + start - self.start, stop - start)
 
 
 class ZeroState(Protocol):
@@ -119,7 +119,8 @@ class FlatState:
         """See ZeroState."""
         opt = self._optimizer
         if self._offload:
-            yield from ((shard.name, shard.of(shard.holder.grad)) for shard in self.shards())
+            for shard in self.shards():
+                yield shard.name, shard.of(shard.holder.grad, shard.start, shard.stop)
             return
         for i, parameters in enumerate(opt.params_in_partition):
             gradients = (g for g in opt.averaged_gradients[i] if not getattr(g, "_zero_padding", False))
@@ -172,7 +173,8 @@ class PartitionedState:
         """See ZeroState."""
         opt = self._optimizer
         if self._offload:
-            yield from ((shard.name, shard.of(shard.holder.grad)) for shard in self.shards())
+            for shard in self.shards():
+                yield shard.name, shard.of(shard.holder.grad, shard.start, shard.stop)
             return
         for i, parameters in enumerate(opt.fp16_groups):
             for parameter, gradient in zip(parameters, opt.averaged_gradients[i], strict=True):

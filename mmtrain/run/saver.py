@@ -147,7 +147,7 @@ class Saver:
         numbers: Counter[tuple[str, str]] = Counter()
         pinned = False
         for piece in pieces:
-            live = piece.tensor.detach()
+            live = piece.tensor
             assert live.numel() == piece.flat[1] - piece.flat[0], f"{piece.name}: {live.numel()} elements, {piece.flat}"
             if live.numel() == 0:
                 continue
