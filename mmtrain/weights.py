@@ -30,7 +30,7 @@ from mmtrain.run.comm import Comm
 from mmtrain.run.manifest import shortened
 from mmtrain.run.reader import Reader, open_weights
 from mmtrain.run.saver import RECIPE
-from mmtrain.run.weights import plan_weights
+from mmtrain.run.weights import plan_weights, section
 
 ROUTER = ".router.weight"
 
@@ -44,7 +44,7 @@ class Weights:
     """Makes any box of any tensor of a recipe's model, in fp32 on the CPU; the same values in every layout.
 
     `report` says, where there is an `init_from` or pretrained part, which tensors are loaded, upcycled, interpolated,
-    fresh and unused. With both, init_from alone is read.
+    fresh and unused, and which of a pretrained part no model here reads. With both, init_from alone is read.
     """
 
     def __init__(self, recipe: Recipe, registry: Registry, comm: Comm, going_on: bool = False) -> None:
@@ -76,6 +76,8 @@ class Weights:
             self._check_upcycle()
             self._check_pretrained()
             self.report = self._plan.report(shapes, given)
+            if isinstance(self._source, Pretrained) and self._source.unread:
+                self.report += "\n" + section("never read", self._source.unread)
 
     def _check_upcycle(self) -> None:
         """Dense MLPs become experts in the parts that the recipe names, and nowhere else."""

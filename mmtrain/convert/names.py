@@ -124,12 +124,12 @@ LEFT_OUT = {
 that old versions saved, a head that repeats the embedding."""
 
 _TWO_TOWERS = re.compile(r"vision_model\.|text_model\.|visual_projection\.|text_projection\.|logit_(scale|bias)$")
-_LLAVA = re.compile(
-    r"(model\.)?(language_model\.|vision_tower\.|multi_modal_projector\.|image_newline$)|lm_head\.weight$"
-)
+_LLAVA = re.compile(r"(model\.)?(language_model\.|vision_tower\.|multi_modal_projector\.)|lm_head\.weight$")
 OTHER_PARTS = {"clip": _TWO_TOWERS, "siglip": _TWO_TOWERS, "llava": _LLAVA, "llava_next": _LLAVA}
-"""model_type of a whole model -> tensors of the parts beside the one that is read. LLaVA-NeXT's image_newline is read
-by none: here the panels of an image follow each other without separators."""
+"""model_type of a whole model -> tensors of the parts beside the one that is read."""
+
+SEPARATOR = re.compile(r"(model\.)?image_newline")
+"""LLaVA-NeXT's separator of an image's rows, read by no part: here the panels of an image follow each other without."""
 
 
 def prefix_of(part: str, names: Iterable[str]) -> str | None:

@@ -13,6 +13,7 @@ from mmtrain.convert.files import TYPES, Folder
 from mmtrain.convert.names import (
     LEFT_OUT,
     OTHER_PARTS,
+    SEPARATOR,
     Origin,
     Table,
     connector_table,
@@ -35,6 +36,8 @@ class Pretrained:
         self._origins: dict[str, tuple[Folder, Origin]] = {}
         self.vision: Vision | None = None
         """The tower as it was pretrained."""
+        self.unread: dict[str, tuple[int, ...]] = {}
+        """Shape of each tensor of its parts that no model here reads, by its name in the files."""
         folders: dict[str, Folder] = {}
         for part in PARTS:
             if path := getattr(model, part).pretrained:
@@ -66,7 +69,8 @@ class Pretrained:
         else:
             decoder = _with(Decoder(), found.fixed | found.free)
             table = decoder_table(decoder, found.family, prefix, _head(prefix, folder))
-        _compare(part, prefix, table, folder, read_config(folder.path)["model_type"])
+        unread = _compare(part, prefix, table, folder, read_config(folder.path)["model_type"])
+        self.unread |= {name: folder.shapes[name] for name in unread}
         return table
 
     def _own_table(self, part: str, folder: Folder, found: Described) -> Table:
@@ -141,9 +145,11 @@ def _head(prefix: str, folder: Folder) -> str:
     return heads[0] if heads else prefix.removesuffix("model.") + "lm_head."
 
 
-def _compare(part: str, prefix: str, table: Table, folder: Folder, kind: str) -> None:
-    """CheckpointError by name unless each tensor of the part is in the files as plain weights, and each tensor of the
-    files in the part, in another part, or known to be read by none.
+def _compare(part: str, prefix: str, table: Table, folder: Folder, kind: str) -> list[str]:
+    """The names that are known to be read by no model of ours.
+
+    CheckpointError by name unless each tensor of the part is in the files as plain weights, and each tensor of the
+    files in the part, in another part, or one of these.
     """
     wanted = {name for origin in table.values() for name in origin.names}
     if missing := sorted(wanted - folder.shapes.keys()):
@@ -156,16 +162,21 @@ def _compare(part: str, prefix: str, table: Table, folder: Folder, kind: str) ->
             f"{folder.path}: {len(strange)} tensors are of a type that holds no plain weights ({strange[0]} is "
             f"{folder.strange[strange[0]]}; {', '.join(TYPES)} do). Take the checkpoint before quantisation."
         )
-    unread = LEFT_OUT[part]
-    others = [
+    left_out = LEFT_OUT[part]
+    unread = [
         name
         for name in folder.shapes
         if name not in wanted
-        and not (name.startswith(prefix) and unread.fullmatch(name.removeprefix(prefix)))
-        and not (kind in OTHER_PARTS and OTHER_PARTS[kind].match(name) and not name.startswith(prefix))
+        and (SEPARATOR.fullmatch(name) or (name.startswith(prefix) and left_out.fullmatch(name.removeprefix(prefix))))
+    ]
+    others = [
+        name
+        for name in sorted(folder.shapes.keys() - wanted - set(unread))
+        if not (kind in OTHER_PARTS and OTHER_PARTS[kind].match(name) and not name.startswith(prefix))
     ]
     if others:
         raise CheckpointError(
             f"{folder.path}: {len(others)} of its tensors are none that mmtrain knows: {shortened(others)}. They would "
             "be lost; this architecture cannot be held."
         )
+    return unread

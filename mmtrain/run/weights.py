@@ -58,20 +58,22 @@ class WeightPlan:
 
     def report(self, target: Shapes, source: Shapes) -> str:
         """Lines for the log: per kind the number of tensors and values, then name patterns with their counts."""
-        lines = []
-        for title, names, shapes in (
-            ("loaded", list(self.loaded), target),
-            ("upcycled", list(self.upcycled), target),
-            ("interpolated", list(self.interpolated), target),
-            ("fresh", self.fresh, target),
-            ("unused", self.unused, source),
-        ):
-            values = sum(math.prod(shapes[name]) for name in names)
-            lines.append(f"{title:>12}: {len(names):4d} tensors, {values:,} values")
-            if title != "loaded":  # the rest is what one wants to read
-                patterns = Counter(re.sub(r"\.\d+\.", ".*.", name) for name in names)
-                lines += [f"{'':>14}{pattern}" + (f"  x{n}" if n > 1 else "") for pattern, n in patterns.items()]
-        return "\n".join(lines)
+        sections = [
+            section("loaded", {name: target[name] for name in self.loaded}).splitlines()[0],  # the rest is of interest
+            section("upcycled", {name: target[name] for name in self.upcycled}),
+            section("interpolated", {name: target[name] for name in self.interpolated}),
+            section("fresh", {name: target[name] for name in self.fresh}),
+            section("unused", {name: source[name] for name in self.unused}),
+        ]
+        return "\n".join(sections)
+
+
+def section(title: str, shapes: Shapes) -> str:
+    """A title with the number of tensors and values, and a line for each name pattern with its count."""
+    values = sum(math.prod(shape) for shape in shapes.values())
+    patterns = Counter(re.sub(r"\.\d+\.", ".*.", name) for name in shapes)
+    counted = [f"{'':>14}{pattern}" + (f"  x{count}" if count > 1 else "") for pattern, count in patterns.items()]
+    return "\n".join([f"{title:>12}: {len(shapes):4d} tensors, {values:,} values", *counted])
 
 
 def plan_weights(

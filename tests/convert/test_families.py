@@ -34,10 +34,12 @@ def test_a_decoder_computes_what_transformers_computes(family, tmp_path, monkeyp
 
 
 @pytest.mark.parametrize("family", families.WHOLES)
-def test_a_whole_model_computes_what_transformers_computes(family, tmp_path, monkeypatch) -> None:
+def test_a_whole_model_computes_what_transformers_computes(family, tmp_path, monkeypatch, capsys) -> None:
     twin = families.random_twin(*families.WHOLES[family])
     folder = families.save(twin, tmp_path / "hf")
     assert convert(monkeypatch, "hf-to-mm", "--vlm", folder, "--out", tmp_path / "mm") == 0
+    never_read = capsys.readouterr().out.partition("never read:")[2]
+    assert ("image_newline" in never_read) == (family == "llava_next") and "post_layernorm.weight" in never_read
     opened = open_inference(tmp_path / "mm")
     vision, connector = opened.recipe.model.vision, opened.recipe.model.connector
     assert (vision.select_layer, vision.final_norm, connector.kind, connector.num_tokens) == (-2, False, "mlp", 16)
