@@ -3,14 +3,15 @@
 numpy only: decoding processes import this module and never torch.
 """
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from mmtrain.config.schema import LossWeights
 from mmtrain.config.tokens import TokenKind
-from mmtrain.data.image import Canvas, decode_image
+from mmtrain.data.image import CHANNELS, Canvas, decode_image
 from mmtrain.data.pack import Cut
 from mmtrain.data.record import Document, ImagePart
 
@@ -35,8 +36,6 @@ class Laid:
     """[n] int32; the placeholder's id at image positions."""
     supervised: np.ndarray
     """[n] bool: whether the token is a target of the loss."""
-    panels: list[np.ndarray]
-    """[k, 3, H, W] uint8 of each image."""
     starts: list[int]
     """First position of each panel, within the row."""
 
@@ -55,47 +54,90 @@ class Slot:
     """Its row; None for a bad sample, whose place stays padding."""
 
 
+_BY_POSITION = {
+    "tokens": np.int64,
+    "labels": np.int64,
+    "document_ids": np.int64,
+    "positions": np.int64,
+    "source_ids": np.int64,
+    "weights": np.float32,
+    "kind": np.uint8,
+}
+"""Arrays of a pack with one number for each position, the widest numbers first, so that all are aligned."""
+
+
 @dataclass(frozen=True, slots=True)
 class PackArrays:
-    """One pack of T positions. Dtypes are small because packs travel between processes."""
+    """One pack of T positions and k images, in the types that the model reads: nothing is converted later."""
 
     tokens: np.ndarray
-    """[T] int32."""
+    """[T] int64."""
     labels: np.ndarray
-    """[T] int32."""
+    """[T] int64."""
+    document_ids: np.ndarray
+    """[T] int64: place in `keys`, -1 for padding."""
+    positions: np.ndarray
+    """[T] int64."""
+    source_ids: np.ndarray
+    """[T] int64."""
     weights: np.ndarray
     """[T] float32."""
-    document_ids: np.ndarray
-    """[T] int32: place in `keys`, -1 for padding."""
-    positions: np.ndarray
-    """[T] int32."""
     kind: np.ndarray
     """[T] uint8."""
-    source_ids: np.ndarray
-    """[T] int32."""
-    panels: np.ndarray
-    """[k, 3, H, W] uint8."""
     starts: np.ndarray
     """[k] int64: first position of each panel in the pack."""
+    panels: np.ndarray
+    """[k, 3, H, W] uint8."""
     keys: list[str]
     """Sample keys, bad ones included, so that document ids are places in it."""
 
+    @staticmethod
+    def nbytes(shape: Shape, panels: int) -> int:
+        """Bytes of a pack with `panels` images."""
+        by_position = sum(np.dtype(kind).itemsize for kind in _BY_POSITION.values())
+        image = CHANNELS * shape.canvas.height * shape.canvas.width
+        return shape.length * by_position + panels * (np.dtype(np.int64).itemsize + image)
 
-def lay_out(document: Document, cut: Cut | None, shape: Shape, image_id: int) -> Laid:
-    """A document's stretch as tokens and pixels; BadSample if one of its images cannot be decoded."""
+    @classmethod
+    def within(cls, memory: np.ndarray, shape: Shape, panels: int) -> "PackArrays":
+        """Arrays with room for `panels` images that lie in `memory`, uint8 of at least `nbytes` bytes; nothing is set.
+
+        Where each array lies depends on the arguments alone, so that two processes find them in one memory.
+        """
+        sizes = {"starts": (np.int64, panels)} | {name: (kind, shape.length) for name, kind in _BY_POSITION.items()}
+        arrays, at = {}, 0
+        for name, (kind, count) in sizes.items():
+            arrays[name] = np.frombuffer(memory, kind, count, at)
+            at += arrays[name].nbytes
+        size = (CHANNELS, shape.canvas.height, shape.canvas.width)
+        pixels = np.frombuffer(memory, np.uint8, panels * math.prod(size), at).reshape(panels, *size)
+        return cls(**arrays, panels=pixels, keys=[])
+
+    @classmethod
+    def fresh(cls, shape: Shape, panels: int) -> "PackArrays":
+        """`within` memory of their own."""
+        return cls.within(np.empty(cls.nbytes(shape, panels), np.uint8), shape, panels)
+
+    def holding(self, panels: int, keys: list[str]) -> "PackArrays":
+        """The same arrays as a finished pack: its first `panels` images, and its keys."""
+        return replace(self, starts=self.starts[:panels], panels=self.panels[:panels], keys=keys)
+
+
+def lay_out(document: Document, cut: Cut | None, shape: Shape, image_id: int, room: np.ndarray) -> Laid:
+    """A document's stretch as tokens, its pixels in the first places of `room` [n, 3, H, W].
+
+    BadSample if one of its images cannot be decoded. Pixels that find no room are lost, but have their tokens.
+    """
     rows: list[np.ndarray] = []
     masks: list[np.ndarray] = []
-    panels: list[np.ndarray] = []
     starts: list[int] = []
     length = 0
     numbers = range(len(document.parts)) if cut is None else range(cut.first, cut.last + 1)
     for number in numbers:
         part = document.parts[number]
         if isinstance(part, ImagePart):
-            pixels = decode_image(part.data, shape.canvas)
-            count = len(pixels) * shape.image_tokens
+            count = len(decode_image(part.data, shape.canvas, room[len(starts) :])) * shape.image_tokens
             starts.extend(range(length, length + count, shape.image_tokens))
-            panels.append(pixels)
             row, mask = np.full(count, image_id, np.int32), np.zeros(count, bool)
         else:
             start = cut.start if cut and number == cut.first else 0
@@ -104,46 +146,57 @@ def lay_out(document: Document, cut: Cut | None, shape: Shape, image_id: int) ->
         rows.append(row)
         masks.append(mask)
         length += len(row)
-    return Laid(np.concatenate(rows), np.concatenate(masks), panels, starts)
+    return Laid(np.concatenate(rows), np.concatenate(masks), starts)
 
 
 EVEN = LossWeights()
 
 
 def collate_pack(
-    slots: Sequence[Slot], shape: Shape, image_id: int, pad_id: int, loss_weights: LossWeights = EVEN
+    slots: Sequence[Slot],
+    arrays: PackArrays,
+    shape: Shape,
+    image_id: int,
+    pad_id: int,
+    loss_weights: LossWeights = EVEN,
 ) -> PackArrays:
-    """One pack from what stands at its places, in order. A bad sample's place is padding of the same length."""
-    length = shape.length
-    tokens = np.full(length, pad_id, np.int32)
-    labels = np.zeros(length, np.int32)
-    weights = np.zeros(length, np.float32)
-    document_ids = np.full(length, -1, np.int32)
-    positions = np.zeros(length, np.int32)
-    kind = np.full(length, TokenKind.PADDING, np.uint8)
-    source_ids = np.zeros(length, np.int32)
-    panels: list[np.ndarray] = []
+    """One pack from what stands at its places, in order. A bad sample's place is padding of the same length.
+
+    `arrays` hold the pixels of all good slots already, one after another; everything else is written here.
+    """
+    lengths = np.array([slot.length for slot in slots], np.int64)
+    ends = lengths.cumsum()
+    begins = ends - lengths
+    used = int(lengths.sum())
+    tokens, learnt = arrays.tokens, np.zeros(shape.length, bool)
+    tokens[:] = pad_id
     starts: list[int] = []
-    begin = 0
-    for number, slot in enumerate(slots):
-        end = begin + slot.length
+    for slot, begin in zip(slots, begins.tolist(), strict=True):
         if slot.laid is not None:
-            row, mask = slot.laid.tokens, slot.laid.supervised
-            tokens[begin:end] = row
-            document_ids[begin:end] = number
-            positions[begin:end] = np.arange(slot.length)
-            kind[begin:end] = TokenKind.TEXT
-            for start in slot.laid.starts:
-                kind[begin + start : begin + start + shape.image_tokens] = TokenKind.IMAGE
-                starts.append(begin + start)
-            # What stands at t predicts t + 1, inside the document only, and from images up to t.
-            seen = np.logical_or.accumulate(kind[begin : end - 1] == TokenKind.IMAGE)
-            weights[begin : end - 1] = mask[1:] * np.where(seen, loss_weights.after_image, loss_weights.text_only)
-            labels[begin : end - 1] = np.where(weights[begin : end - 1] > 0, row[1:], 0)
-            source_ids[begin:end] = slot.source
-            panels += slot.laid.panels
-        begin = end
-    pixels = np.concatenate(panels) if starts else np.empty((0, 3, shape.canvas.height, shape.canvas.width), np.uint8)
-    keys = [slot.key for slot in slots]
+            tokens[begin : begin + slot.length] = slot.laid.tokens
+            learnt[begin : begin + slot.length] = slot.laid.supervised
+            starts += [begin + start for start in slot.laid.starts]
+    good = np.array([slot.laid is not None for slot in slots], bool).repeat(lengths)
+    rest = slice(used, None)
+    at = np.arange(used)
+    arrays.document_ids[:used] = np.where(good, np.arange(len(slots)).repeat(lengths), -1)
+    arrays.document_ids[rest] = -1
+    arrays.positions[:used] = (at - begins.repeat(lengths)) * good
+    arrays.positions[rest] = 0
+    arrays.source_ids[:used] = np.array([slot.source for slot in slots], np.int64).repeat(lengths) * good
+    arrays.source_ids[rest] = 0
+    arrays.kind[:used] = np.where(good, TokenKind.TEXT, TokenKind.PADDING)
+    arrays.kind[rest] = TokenKind.PADDING
     where = np.array(starts, np.int64)
-    return PackArrays(tokens, labels, weights, document_ids, positions, kind, source_ids, pixels, where, keys)
+    arrays.kind[where[:, None] + np.arange(shape.image_tokens)] = TokenKind.IMAGE
+    arrays.starts[: len(starts)] = where
+    # What stands at t predicts t + 1, inside the document only, and from images up to t.
+    learnt[:-1] = learnt[1:]
+    learnt[ends - 1] = False
+    images = np.concatenate([[0], (arrays.kind[:used] == TokenKind.IMAGE).cumsum()])
+    seen = images[1:] > images[begins].repeat(lengths)
+    arrays.weights[:used] = learnt[:used] * np.where(seen, loss_weights.after_image, loss_weights.text_only)
+    arrays.weights[rest] = 0
+    arrays.labels[:-1] = np.where(arrays.weights[:-1] > 0, tokens[1:], 0)
+    arrays.labels[-1] = 0
+    return arrays.holding(len(starts), [slot.key for slot in slots])

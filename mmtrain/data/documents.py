@@ -8,7 +8,7 @@ checks it all the same.
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -248,18 +248,43 @@ def segments_of(parts: Sequence[Text | str], sizes: Mapping[str, tuple[int, int]
     return tuple(out)
 
 
-def decode_document(entry: IndexEntry, members: Mapping[str, bytes], tokenizer: Tokenizer, shard: str) -> Document:
-    """The document of `entry` from its files (suffix -> bytes, suffixes in lower case).
+class Found(NamedTuple):
+    """A sample as it lies in its shard."""
 
-    BadSample if the files are unusable: a line for the ledger. DataError if its parts are not what the index planned:
-    then the plan is worthless and the run must stop.
+    shard: str
+    """Path of the tar."""
+    entry: IndexEntry
+    """What its index says."""
+    members: Mapping[str, bytes]
+    """Its files, by suffix in lower case."""
+
+
+def decode_documents(found: Sequence[Found], tokenizer: Tokenizer) -> list[Document | BadSample]:
+    """The document of every sample, or what makes its files unusable; all text in one call of the tokenizer.
+
+    DataError if a document's parts are not what the index planned: then the plan is worthless and the run must stop.
     """
-    if entry.unusable:
-        raise BadSample(entry.unusable)
-    content = content_of(members)
-    parts = encode_outlines([outline(content, tokenizer)], tokenizer)[0]
-    found = [(True, 0) if isinstance(part, str) else (False, len(part.token_ids)) for part in parts]
-    if found != [(segment.is_image, segment.tokens) for segment in entry.segments]:
+    contents: list[Content | BadSample] = []
+    for _, entry, members in found:
+        try:
+            if entry.unusable:
+                raise BadSample(entry.unusable)
+            contents.append(content_of(members))
+        except BadSample as error:
+            contents.append(error)
+    outlines = [outline(content, tokenizer) for content in contents if isinstance(content, Content)]
+    encoded = iter(encode_outlines(outlines, tokenizer))
+    return [
+        content if isinstance(content, BadSample) else _as_planned(sample, content, next(encoded))
+        for sample, content in zip(found, contents, strict=True)
+    ]
+
+
+def _as_planned(sample: Found, content: Content, parts: Sequence[Text | str]) -> Document:
+    """The document; DataError if its parts have other tokens than its index says."""
+    shard, entry, members = sample
+    sizes = [(True, 0) if isinstance(part, str) else (False, len(part.token_ids)) for part in parts]
+    if sizes != [(segment.is_image, segment.tokens) for segment in entry.segments]:
         tokens = sum(len(part.token_ids) for part in parts if isinstance(part, Text))
         raise DataError(
             f"shard {shard}, sample {entry.key}: {tokens} text tokens in {len(parts)} parts, but its index planned "

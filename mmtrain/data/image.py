@@ -21,6 +21,9 @@ PAD_COLOUR = (122, 116, 104)
 GRID = 2
 """Crops along each side of the sub-image grid."""
 
+CHANNELS = 3
+"""Red, green, blue."""
+
 _SWAPS_SIDES = (5, 6, 7, 8)  # EXIF orientations that turn the picture by 90 degrees
 
 
@@ -54,13 +57,17 @@ class _Picture(NamedTuple):
     """Canvases that it becomes."""
 
 
-def decode_image(data: bytes, canvas: Canvas) -> np.ndarray:
+def decode_image(data: bytes, canvas: Canvas, room: np.ndarray | None = None) -> np.ndarray:
     """Pixels of an image file: uint8 [panels, 3, H, W], the overview first, then crops row by row.
 
+    They lie in the first places of `room` [n, 3, H, W] if they fit there, else in memory of their own.
     BadSample, with the reason, if the file is no readable image or has more pixels than the canvas allows.
     """
     picture = _decode_jpeg(data, canvas) if data[:3] == b"\xff\xd8\xff" else _decode_other(data, canvas)
-    out = np.empty((picture.panels, 3, canvas.height, canvas.width), np.uint8)
+    if room is not None and picture.panels <= len(room):
+        out = room[: picture.panels]
+    else:
+        out = np.empty((picture.panels, CHANNELS, canvas.height, canvas.width), np.uint8)
     out[0] = _on_canvas(picture, canvas.height, canvas.width, canvas.resize).transpose(2, 0, 1)
     if picture.panels > 1:
         whole = _on_canvas(picture, GRID * canvas.height, GRID * canvas.width, canvas.resize)

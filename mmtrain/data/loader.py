@@ -9,19 +9,21 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from mmtrain.config.errors import ConfigError, DataError
 from mmtrain.config.layout import lane_problems, share_problems
 from mmtrain.config.schema import Recipe, Source
 from mmtrain.config.tokens import TokenKind
 from mmtrain.data.batch import canvas_of, stack
-from mmtrain.data.collate import EVEN, Shape
+from mmtrain.data.collate import EVEN, PackArrays, Shape
 from mmtrain.data.index import Shard, check_index, index_paths, open_folder
 from mmtrain.data.ordering import Planned, Sizer
 from mmtrain.data.plan import Plan, Planner
 from mmtrain.data.pool import WorkerPool
 from mmtrain.data.quarantine import NO_FILE, read_quarantine
 from mmtrain.data.reader import Reader, ReaderSpec, ReadPack
-from mmtrain.data.record import Batch, Step
+from mmtrain.data.record import Step
 from mmtrain.data.tokenizer import Tokenizer
 from mmtrain.data.window import Skipped
 
@@ -81,7 +83,8 @@ class Loader:
             EVEN if finite_batches is not None else recipe.data.loss_weights,
         )
         self._reader = Reader(self._spec, tokenizer)
-        self._pool = WorkerPool(self._spec, recipe.data.workers) if recipe.data.workers else None
+        workers = recipe.data.workers
+        self._pool = WorkerPool(self._spec, workers, recipe.data.max_images) if workers else None
 
     @cached_property
     def total_steps(self) -> int:
@@ -173,8 +176,8 @@ class Loader:
             ledger.append({**skipped._asdict(), "source": names[skipped.source], "tokens": 0})
         return Step(
             micro_batches=batches,
-            label_weight=float(sum(batch.weights.sum(dtype=batch.weights.dtype).item() for batch in batches)),
-            valid_tokens=self._valid_tokens(batches),
+            label_weight=float(sum([item.arrays.weights.sum(dtype=np.float64) for item in read])),
+            valid_tokens=self._valid_tokens([item.arrays for item in read]),
             cursor=pending.cursor,
             served=pending.served,
             ledger=ledger,
@@ -183,12 +186,12 @@ class Loader:
             bad=[line for line in ledger if line["reason"] not in withheld],
         )
 
-    def _valid_tokens(self, batches: Sequence[Batch]) -> dict[str, float]:
+    def _valid_tokens(self, packs: Sequence[PackArrays]) -> dict[str, float]:
         """Tokens that each part's routers see, without blanks and padding."""
         vision = self._recipe.model.vision
         rows, columns = vision.grid()
-        images = sum(int(batch.image_valid.sum()) for batch in batches)
-        positions = sum(int((batch.kind != TokenKind.PADDING).sum()) for batch in batches)
+        images = sum([len(pack.panels) for pack in packs])
+        positions = sum([np.count_nonzero(pack.kind != TokenKind.PADDING) for pack in packs])
         return {
             "vision": float(images * (rows * columns + vision.class_token)),
             "connector": float(images * self._shape.image_tokens),

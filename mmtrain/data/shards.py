@@ -1,6 +1,7 @@
 """Tars of samples: writing them byte for byte reproducibly, listing a foreign one, reading a sample by byte range."""
 
 import io
+import os
 import tarfile
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
@@ -126,9 +127,13 @@ def read_members(path: str | Path, entry: IndexEntry | RawSample) -> dict[str, b
     BadSample if the tar is shorter than its index says; DataError if it is gone, or another sample lies there.
     """
     try:
-        with Path(path).open("rb") as file:
-            file.seek(entry.offset)
-            run = file.read(entry.size)
+        file = os.open(path, os.O_RDONLY)
+        try:
+            run = os.pread(file, entry.size, entry.offset)
+            while len(run) < entry.size and (more := os.pread(file, entry.size - len(run), entry.offset + len(run))):
+                run += more
+        finally:
+            os.close(file)
     except FileNotFoundError:
         raise DataError(f"shard {path}: no such file, though its index lists it; restore it or index again") from None
     except OSError as error:  # no permission, a stale handle, a disk that fails: no sample's fault

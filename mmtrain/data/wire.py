@@ -1,37 +1,66 @@
-"""Objects through a socket between two processes of ours, arrays without a copy on either side.
+"""Messages between a training process and its decoding processes: JSON on a socket, nothing that could run.
 
-A message is a small pickle, with the lengths of the arrays' bytes, and then these bytes as they lie in memory: the
-kernel copies them twice, nobody else does. Only ever used between a process and the workers that it started.
+A message is a line. Tokens and pixels do not travel: a worker writes them where the trainer reads them
+(mmtrain.data.slots).
+
+    trainer -> worker   the ReaderSpec, once; then [slot, [Planned, ...]] for each pack
+    worker -> trainer   {"images", "keys", "ledger"} of a pack in its slot, or {"error"}, or {"defect"}: a traceback
 """
 
-import os
-import pickle
-from multiprocessing.connection import Connection
+import json
+import socket
+from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
+from mmtrain.config.schema import LossWeights
+from mmtrain.data.collate import Shape
+from mmtrain.data.image import Canvas
+from mmtrain.data.ordering import Planned
+from mmtrain.data.pack import Cut
+from mmtrain.data.reader import ReaderSpec
+
+_encode = json.JSONEncoder(separators=(",", ":")).encode
 
 
-def send(connection: Connection, value: object) -> None:
-    """Send `value`; OSError if the other side is gone."""
-    buffers: list[pickle.PickleBuffer] = []
-    data = pickle.dumps(value, protocol=5, buffer_callback=buffers.append)
-    views = [buffer.raw() for buffer in buffers]
-    connection.send((data, [view.nbytes for view in views]))
-    for view in views:
-        while view.nbytes:
-            view = view[os.write(connection.fileno(), view) :]
+class Channel:
+    """One end of a socket between two processes."""
+
+    def __init__(self, end: socket.socket) -> None:
+        """Takes the socket over."""
+        self._end = end
+        self._lines = end.makefile("rb")
+
+    def send(self, message: Any) -> None:
+        """Send what JSON can hold; OSError if the other side is gone."""
+        self._end.sendall(_encode(message).encode() + b"\n")
+
+    def receive(self) -> Any:
+        """What the other side sends next; EOFError or OSError if it is gone."""
+        line = self._lines.readline()
+        if not line.endswith(b"\n"):
+            raise EOFError
+        return json.loads(line)
+
+    def close(self) -> None:
+        """Close this end."""
+        self._lines.close()
+        self._end.close()
 
 
-def receive(connection: Connection) -> Any:
-    """What the other side sends next; EOFError or OSError if it is gone."""
-    data, lengths = connection.recv()
-    buffers = [np.empty(length, np.uint8) for length in lengths]
-    for buffer in buffers:
-        view = memoryview(buffer)
-        while view.nbytes:
-            count = os.readv(connection.fileno(), [view])
-            if not count:
-                raise EOFError
-            view = view[count:]
-    return pickle.loads(data, buffers=buffers)
+def reader_spec(fields: Mapping[str, Any]) -> ReaderSpec:
+    """Undo dataclasses.asdict and JSON."""
+    shape = fields["shape"]
+    return ReaderSpec(
+        **{
+            **fields,
+            "shape": Shape(**{**shape, "canvas": Canvas(*shape["canvas"])}),
+            "sources": tuple(fields["sources"]),
+            "loss_weights": LossWeights(**fields["loss_weights"]),
+        }
+    )
+
+
+def planned(row: list[Any]) -> Planned:
+    """Undo JSON, which makes lists of tuples."""
+    document = Planned(*row)
+    return document._replace(cut=Cut(*document.cut)) if document.cut else document

@@ -1,21 +1,25 @@
 """A process that decodes packs.
 
 It is started as `python -m mmtrain.data.worker`, not by multiprocessing, which would import the training script again,
-and torch with it: seconds for every worker, on cores that the model needs. Packs travel through one socket; pickle is
-used between these two processes only, never on anything from a file.
+and torch with it: seconds for every worker, on cores that the model needs.
 """
 
 import os
 import signal
+import socket
 import sys
 import threading
 import time
 import traceback
-from multiprocessing.connection import Connection
+from typing import Any
+
+import numpy as np
 
 from mmtrain.config.errors import DataError
-from mmtrain.data.reader import Reader, ReadPack
-from mmtrain.data.wire import send
+from mmtrain.data.ordering import Planned
+from mmtrain.data.reader import Reader
+from mmtrain.data.slots import SlotWriter
+from mmtrain.data.wire import Channel, planned, reader_spec
 
 PARENT_POLL_SECONDS = 1.0
 """How often a worker looks whether its parent still lives."""
@@ -29,27 +33,33 @@ def _follow_parent(parent: int) -> None:
 
 
 def main() -> None:
-    """Answer packs on the socket given as file descriptor until it closes."""
+    """Answer packs on a socket until it closes: its file descriptor, that of the slots, their bytes, the parent."""
     # The trainer decides when to stop: it still needs packs while it saves after a signal.
     # srun and launch/stages.py may signal all processes of a rank, and SIGUSR1 would end this one.
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
-    descriptor, parent = int(sys.argv[1]), int(sys.argv[2])
+    descriptor, memory, slot_bytes, parent = map(int, sys.argv[1:])
     threading.Thread(target=_follow_parent, args=(parent,), daemon=True).start()
-    with Connection(descriptor) as connection:
-        try:
-            reader = Reader(connection.recv())
-            while True:
-                pack = connection.recv()
-                try:
-                    answer: ReadPack | DataError | str = reader.read(pack)
-                except DataError as error:
-                    answer = error
-                except Exception:  # a defect of ours: shown in full by the trainer
-                    answer = traceback.format_exc()
-                send(connection, answer)
-        except (EOFError, BrokenPipeError, ConnectionResetError):
-            return
+    slots = SlotWriter(memory, slot_bytes)
+    channel = Channel(socket.socket(fileno=descriptor))
+    try:
+        reader = Reader(reader_spec(channel.receive()))
+        while True:
+            slot, pack = channel.receive()
+            channel.send(_answer(reader, list(map(planned, pack)), slots.slot(slot)))
+    except (EOFError, BrokenPipeError, ConnectionResetError):
+        return
+
+
+def _answer(reader: Reader, pack: list[Planned], memory: np.ndarray) -> dict[str, Any]:
+    """Decode a pack into its slot; what is left to tell."""
+    try:
+        arrays, ledger = reader.read(pack, memory)
+    except DataError as error:
+        return {"error": str(error)}
+    except Exception:  # a defect of ours: shown in full by the trainer
+        return {"defect": traceback.format_exc()}
+    return {"images": len(arrays.panels), "keys": arrays.keys, "ledger": ledger}
 
 
 if __name__ == "__main__":

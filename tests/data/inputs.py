@@ -10,6 +10,8 @@ from typing import Any
 
 from PIL import Image
 
+from mmtrain.data.documents import BadSample, Found, decode_documents
+from mmtrain.data.record import Document, IndexEntry
 from mmtrain.data.shards import ShardWriter
 from mmtrain.data.tokenizer import Tokenizer, train_bpe
 
@@ -26,6 +28,14 @@ def picture(width: int = 8, height: int = 6, form: str = "PNG", colour: tuple[in
     buffer = io.BytesIO()
     Image.new("RGB", (width, height), colour).save(buffer, form)
     return buffer.getvalue()
+
+
+def decode_document(entry: IndexEntry, members: Mapping[str, bytes], by: Tokenizer, shard: str) -> Document:
+    """One document by itself; raises what makes it unusable."""
+    (found,) = decode_documents([Found(shard, entry, members)], by)
+    if isinstance(found, BadSample):
+        raise found
+    return found
 
 
 @cache

@@ -1,10 +1,7 @@
 import errno
 import multiprocessing
 import os
-import threading
 from dataclasses import replace
-from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import fsspec
@@ -17,9 +14,7 @@ from mmtrain.data.cache import ShardCache
 from mmtrain.data.columns import Index
 from mmtrain.data.index import build_index, open_folder, read_index, write_index
 from tests.data.inputs import tokenizer
-from tests.data.test_loader import folder, make, packs, steps
-
-__all__ = ["folder"]
+from tests.data.streams import make, packs, steps
 
 NO_LIMIT = 1 << 40
 
@@ -124,23 +119,6 @@ def test_what_a_killed_process_left_is_no_copy_and_goes(tmp_path: Path) -> None:
     os.utime(copies / "0123.tar.partial", (1, 1))
     assert ShardCache(copies, 1500).local(address, 1000).stat().st_size == 1000
     assert not (copies / "0123.tar.partial").exists()
-
-
-@pytest.fixture
-def remote(folder: Path, tmp_path: Path) -> tuple[Path, str]:
-    """Folders of indexes alone, whose tars come over HTTP; and the address of the server."""
-    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(SimpleHTTPRequestHandler, directory=str(folder)))
-    server.RequestHandlerClass.log_message = lambda *_: None
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    address = f"http://127.0.0.1:{server.server_port}"
-    for name in ("captions", "text"):
-        (tmp_path / name).mkdir()
-        for tar in sorted((folder / name).glob("*.tar")):
-            index, _ = build_index(tar, tokenizer(), f"{address}/{name}/{tar.name}")
-            write_index(index, tmp_path / name / f"{tar.stem}.index")
-    yield tmp_path, address
-    server.shutdown()
-    server.server_close()
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -1,4 +1,6 @@
+from collections.abc import Sequence
 from dataclasses import replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -8,7 +10,7 @@ from hypothesis import strategies as st
 from mmtrain.config.schema import LossWeights
 from mmtrain.config.tokens import TokenKind
 from mmtrain.data.batch import batch_documents, stack
-from mmtrain.data.collate import Laid, PackArrays, Shape, Slot, collate_pack, lay_out
+from mmtrain.data.collate import EVEN, Laid, PackArrays, Shape, Slot, collate_pack, lay_out
 from mmtrain.data.image import Canvas
 from mmtrain.data.pack import Cut, cut_document
 from mmtrain.data.record import Document, ImagePart, Text
@@ -27,9 +29,31 @@ def document(*parts: Text | ImagePart, key: str = "d") -> Document:
     return Document(key, "interleaved", parts)
 
 
-def slot(*parts: Text | ImagePart, key: str = "d", source: int = 0) -> Slot:
-    laid = lay_out(document(*parts), None, SHAPE, IMAGE_ID)
-    return Slot(key, source, len(laid.tokens), laid)
+def room(*parts: Text | ImagePart) -> np.ndarray:
+    """Enough for the images of a document."""
+    return np.zeros((sum(isinstance(part, ImagePart) for part in parts), 3, 4, 6), np.uint8)
+
+
+class Placed(NamedTuple):
+    """What stands at one place of a pack, and its pixels."""
+
+    slot: Slot
+    pixels: np.ndarray
+
+
+def placed(*parts: Text | ImagePart, key: str = "d", source: int = 0) -> Placed:
+    pixels = room(*parts)
+    laid = lay_out(document(*parts), None, SHAPE, IMAGE_ID, pixels)
+    return Placed(Slot(key, source, len(laid.tokens), laid), pixels)
+
+
+def collate(items: Sequence[Placed], weights: LossWeights = EVEN) -> PackArrays:
+    """A pack in memory that held another one before."""
+    good = np.concatenate([room(), *(item.pixels for item in items if item.slot.laid)])
+    panels = len(good) + 2  # a bad sample's places are left over
+    arrays = PackArrays.within(np.full(PackArrays.nbytes(SHAPE, panels), 171, np.uint8), SHAPE, panels)
+    arrays.panels[: len(good)] = good
+    return collate_pack([item.slot for item in items], arrays, SHAPE, IMAGE_ID, PAD_ID, weights)
 
 
 def image(colour: int) -> ImagePart:
@@ -72,7 +96,7 @@ def slow_twin(rows: list[tuple[int, list[tuple[int, bool, int]] | int]]) -> dict
 @settings(deadline=None, max_examples=60)
 @given(st.lists(st.tuples(PARTS, st.integers(0, 2), st.booleans()), max_size=3))
 def test_a_pack_equals_its_slow_twin(drawn: list[tuple[list[Text | ImagePart], int, bool]]) -> None:
-    slots, rows, room = [], [], T
+    items, rows, left = [], [], T
     for parts, source, bad in drawn:
         cells: list[tuple[int, bool, int]] = []
         for part in parts:
@@ -82,13 +106,13 @@ def test_a_pack_equals_its_slow_twin(drawn: list[tuple[list[Text | ImagePart], i
                 cells += [
                     (int(i), bool(s), TokenKind.TEXT) for i, s in zip(part.token_ids, part.supervised, strict=True)
                 ]
-        if len(cells) > room:
+        if len(cells) > left:
             continue
-        room -= len(cells)
-        made = slot(*parts, source=source)
-        slots.append(replace(made, laid=None) if bad else made)
+        left -= len(cells)
+        made = placed(*parts, source=source)
+        items.append(made._replace(slot=replace(made.slot, laid=None)) if bad else made)
         rows.append((source, len(cells) if bad else cells))
-    pack = collate_pack(slots, SHAPE, IMAGE_ID, PAD_ID)
+    pack = collate(items)
     names = ("tokens", "labels", "weights", "document_ids", "positions", "kind", "source_ids")
     for name, expected in zip(names, slow_twin(rows).values(), strict=True):
         assert getattr(pack, name).tolist() == expected, name
@@ -96,7 +120,7 @@ def test_a_pack_equals_its_slow_twin(drawn: list[tuple[list[Text | ImagePart], i
 
 
 def test_labels_end_with_their_document() -> None:
-    pack = collate_pack([slot(words(11, 12, 13)), slot(words(21, 22))], SHAPE, IMAGE_ID, PAD_ID)
+    pack = collate([placed(words(11, 12, 13)), placed(words(21, 22))])
     assert pack.labels[:6].tolist() == [12, 13, 0, 22, 0, 0]
     assert pack.weights[:6].tolist() == [1, 1, 0, 1, 0, 0]
     assert pack.positions[:6].tolist() == [0, 1, 2, 0, 1, 0]
@@ -105,55 +129,58 @@ def test_labels_end_with_their_document() -> None:
 
 def test_targets_count_by_whether_an_image_stands_before_them_in_their_document() -> None:
     mixed, captioned, plain = (
-        slot(words(11, 12), image(9), words(13, 14)),
-        slot(image(9), words(21)),
-        slot(words(31, 32)),
+        placed(words(11, 12), image(9), words(13, 14)),
+        placed(image(9), words(21)),
+        placed(words(31, 32)),
     )
     weights = LossWeights(after_image=0.5, text_only=2.0)
-    pack = collate_pack([mixed, captioned, plain], SHAPE, IMAGE_ID, PAD_ID, weights)
+    pack = collate([mixed, captioned, plain], weights)
     gap = [0.0] * (M - 1)
     expected = [2.0, 0.0, *gap, 0.5, 0.5, 0.0, *gap, 0.5, 0.0, 2.0, 0.0]
     assert pack.weights[: len(expected)].tolist() == expected and not pack.weights[len(expected) :].any()
-    even = collate_pack([mixed, captioned, plain], SHAPE, IMAGE_ID, PAD_ID)
+    even = collate([mixed, captioned, plain])
     assert ((even.weights > 0) == (pack.weights > 0)).all() and (even.labels == pack.labels).all()
 
 
 def test_a_target_that_counts_nothing_is_no_label() -> None:
-    slots = [slot(image(9), words(21)), slot(words(31, 32))]
-    pack = collate_pack(slots, SHAPE, IMAGE_ID, PAD_ID, LossWeights(text_only=0.0))
+    items = [placed(image(9), words(21)), placed(words(31, 32))]
+    pack = collate(items, LossWeights(text_only=0.0))
     assert pack.weights.sum() == 1 and pack.labels[pack.weights > 0].tolist() == [21]
     assert not pack.labels[pack.weights == 0].any()
 
 
 def test_a_document_without_targets_is_fine() -> None:
-    pack = collate_pack([slot(image(9), words(11, 12, learnt=False))], SHAPE, IMAGE_ID, PAD_ID)
+    pack = collate([placed(image(9), words(11, 12, learnt=False))])
     assert pack.weights.sum() == 0 and (pack.kind != TokenKind.PADDING).sum() == M + 2
 
 
 def test_the_stretches_of_a_cut_document_lie_end_to_end() -> None:
     parts = (words(*range(10, 30)), image(50), words(*range(30, 80)), image(90), words(99))
-    whole = lay_out(document(*parts), None, SHAPE, IMAGE_ID)
+    pixels = room(*parts)
+    whole = lay_out(document(*parts), None, SHAPE, IMAGE_ID, pixels)
     sizes = [(M, 1) if isinstance(part, ImagePart) else (len(part.token_ids), 0) for part in parts]
     cuts = cut_document(sizes, 24, 1)
     assert len(cuts) > 3
-    pieces: list[Laid] = [lay_out(document(*parts), cut, SHAPE, IMAGE_ID) for cut in cuts]
+    rooms = [room(*parts[cut.first : cut.last + 1]) for cut in cuts]
+    pieces: list[Laid] = [
+        lay_out(document(*parts), cut, SHAPE, IMAGE_ID, into) for cut, into in zip(cuts, rooms, strict=True)
+    ]
     assert [len(piece.tokens) for piece in pieces] == [cut.tokens for cut in cuts]
-    assert [sum(map(len, piece.panels)) for piece in pieces] == [cut.panels for cut in cuts]
+    assert [len(piece.starts) for piece in pieces] == [cut.panels for cut in cuts] == list(map(len, rooms))
     assert np.array_equal(np.concatenate([piece.tokens for piece in pieces]), whole.tokens)
     assert np.array_equal(np.concatenate([piece.supervised for piece in pieces]), whole.supervised)
-    of_pieces = [panels for piece in pieces for panels in piece.panels]
-    assert np.array_equal(np.concatenate(of_pieces), np.concatenate(whole.panels))
+    assert np.array_equal(np.concatenate(rooms), pixels)
 
 
 def test_a_stretch_inside_one_text() -> None:
-    laid = lay_out(document(words(*range(10, 30))), Cut(0, 3, 0, 7, 4, 0), SHAPE, IMAGE_ID)
+    laid = lay_out(document(words(*range(10, 30))), Cut(0, 3, 0, 7, 4, 0), SHAPE, IMAGE_ID, room())
     assert laid.tokens.tolist() == [13, 14, 15, 16]
 
 
 def packs() -> list[PackArrays]:
-    first = [slot(image(10), words(11, 12), image(20), image(30)), slot(words(13))]
-    second = [slot(words(14), image(40), words(15), key="e", source=1)]
-    return [collate_pack(slots, SHAPE, IMAGE_ID, PAD_ID) for slots in (first, second, [])]
+    first = [placed(image(10), words(11, 12), image(20), image(30)), placed(words(13))]
+    second = [placed(words(14), image(40), words(15), key="e", source=1)]
+    return [collate(items) for items in (first, second, [])]
 
 
 def test_image_slots_are_the_placeholders_of_each_image_in_order() -> None:

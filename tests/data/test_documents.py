@@ -12,13 +12,12 @@ from mmtrain.data.documents import (
     Content,
     content_defect,
     content_of,
-    decode_document,
     encode_outlines,
     outline,
     segments_of,
 )
 from mmtrain.data.record import Document, ImagePart, IndexEntry, Segment, Text
-from tests.data.inputs import picture, tokenizer
+from tests.data.inputs import decode_document, picture, tokenizer
 
 PNG = picture()
 

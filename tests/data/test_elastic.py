@@ -15,9 +15,7 @@ from mmtrain.data.image import Canvas
 from mmtrain.data.ordering import Sizer
 from mmtrain.data.plan import Planner
 from tests.data.plans import IMAGE, SIZER, names, read, source, text
-from tests.data.test_loader import folder, make, packs, steps
-
-__all__ = ["folder"]
+from tests.data.streams import make, packs, steps
 
 ROOT = Path(__file__).parents[2]
 STEPS = 5

@@ -12,11 +12,11 @@ import pytest
 
 from mmtrain.config.errors import DataError
 from mmtrain.data.columns import COLUMNS
-from mmtrain.data.documents import BadSample, decode_document
+from mmtrain.data.documents import BadSample
 from mmtrain.data.index import build_index, index_path, open_folder, read_index, write_index
 from mmtrain.data.record import ImagePart, Text
 from mmtrain.data.shards import read_members
-from tests.data.inputs import picture, tokenizer, write_tar
+from tests.data.inputs import decode_document, picture, tokenizer, write_tar
 
 TURNS = [{"role": "user", "text": "<image>\nWhat?"}, {"role": "assistant", "text": "red"}]
 GOOD = [

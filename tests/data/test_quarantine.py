@@ -9,9 +9,7 @@ from mmtrain.config.tokens import TokenKind
 from mmtrain.data.index import open_folder
 from mmtrain.data.quarantine import NO_FILE, Quarantine, read_quarantine
 from tests.data.inputs import tokenizer, write_lines
-from tests.data.test_loader import folder, make, packs, steps
-
-__all__ = ["folder"]
+from tests.data.streams import make, packs, steps
 
 
 def line(folder: Path, source: str, key: str, shard: int = 0) -> dict[str, str]:

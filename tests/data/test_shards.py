@@ -144,7 +144,7 @@ def test_a_disk_that_fails_is_nobodys_sample(tmp_path: Path, monkeypatch: pytest
     def stale(*_: object) -> None:
         raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
 
-    monkeypatch.setattr(Path, "open", stale)
+    monkeypatch.setattr(os, "open", stale)
     entry = RawSample("a", 0, 512, (Member("txt", 512, 1),))
     with pytest.raises(DataError, match=r"shard x.tar: cannot be read \(Stale file handle\); mend that, then run"):
         read_members("x.tar", entry)

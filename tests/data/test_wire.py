@@ -1,46 +1,49 @@
+import json
 import socket
 import threading
-from multiprocessing.connection import Connection
+from dataclasses import asdict
 
-import numpy as np
 import pytest
 
-from mmtrain.data.wire import receive, send
+from mmtrain.config.schema import LossWeights
+from mmtrain.data.collate import Shape
+from mmtrain.data.image import Canvas
+from mmtrain.data.ordering import Planned
+from mmtrain.data.pack import Cut
+from mmtrain.data.reader import ReaderSpec
+from mmtrain.data.wire import Channel, planned, reader_spec
 
 
-def pair() -> tuple[Connection, Connection]:
-    ours, theirs = socket.socketpair()
-    return Connection(ours.detach()), Connection(theirs.detach())
-
-
-def test_arrays_arrive_as_they_were_and_can_be_written_to() -> None:
-    left, right = pair()
-    sent = {
-        "big": np.arange(1 << 20).reshape(2, -1),
-        "none": np.empty((0, 3), np.uint8),
-        "text": ["x"],
-        "row": np.ones(3),
-    }
-    thread = threading.Thread(target=lambda: [send(left, sent) for _ in range(2)])
+def test_messages_arrive_one_by_one_as_they_were() -> None:
+    left, right = map(Channel, socket.socketpair())
+    sent = [{"keys": ["a/é", "half \udcff", "\n", ""]}, [], "x" * (1 << 20)]  # longer than a socket holds
+    thread = threading.Thread(target=lambda: [left.send(message) for message in sent])
     thread.start()
-    for _ in range(2):  # nothing of a message is left in the socket
-        found = receive(right)
-        assert found["text"] == ["x"]
-        for name in ("big", "none", "row"):
-            assert np.array_equal(found[name], sent[name]) and found[name].dtype == sent[name].dtype
-            assert found[name].shape == sent[name].shape and found[name].flags.writeable
+    assert [right.receive() for _ in sent] == sent
     thread.join()
+    left.close()
+    with pytest.raises(EOFError):
+        right.receive()
+    right.close()
 
 
 def test_an_end_inside_a_message_is_an_end() -> None:
-    left, right = pair()
-
-    def die() -> None:
-        left.send((b"", [1 << 20]))
-        left.close()
-
-    thread = threading.Thread(target=die)
-    thread.start()
+    left, right = socket.socketpair()
+    left.sendall(b'{"whole": 1}\n{"half": 2}')
+    left.close()
+    channel = Channel(right)
+    assert channel.receive() == {"whole": 1}
     with pytest.raises(EOFError):
-        receive(right)
-    thread.join()
+        channel.receive()
+    channel.close()
+
+
+def test_what_a_worker_is_told_is_what_it_understands() -> None:
+    shape = Shape(Canvas(336, 224, "pad", 4, 1000), 64, 2048)
+    spec = ReaderSpec("tok.json", "chatml", shape, ("captions", "text"), "/cache", 1 << 40, LossWeights(0.1, 1 / 3))
+    assert reader_spec(json.loads(json.dumps(asdict(spec)))) == spec
+    whole = Planned(10**12, 1, "a.index", 7, 60, 2)
+    part = Planned(3, 0, "b.index", 8, 50, 1, 2, Cut(1, 0, 4, 17, 50, 1), "in quarantine")
+    for document in (whole, part):
+        found = planned(json.loads(json.dumps(document)))
+        assert found == document and type(found.cut) is type(document.cut)

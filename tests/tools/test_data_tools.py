@@ -15,7 +15,7 @@ from mmtrain.data.loader import Loader
 from mmtrain.data.plan import Planner
 from tests.data import plans
 from tests.data.inputs import picture, tokenizer, write_tar
-from tests.data.test_loader import folder, make
+from tests.data.streams import folder, make
 from tools import index_shards, inspect_shards, plan_data
 
 __all__ = ["folder"]

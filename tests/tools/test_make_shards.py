@@ -6,12 +6,11 @@ import pytest
 
 from mmtrain.config.errors import DataError
 from mmtrain.data.chat import TEMPLATES
-from mmtrain.data.documents import decode_document
 from mmtrain.data.index import open_folder, read_index
 from mmtrain.data.record import Text
 from mmtrain.data.shards import read_members
 from mmtrain.data.tokenizer import Tokenizer
-from tests.data.inputs import picture, raw_folder, tokenizer, write_lines, write_tar
+from tests.data.inputs import decode_document, picture, raw_folder, tokenizer, write_lines, write_tar
 from tools.make_shards import index_folder, main, make_shards
 from tools.train_tokenizer import main as train_main
 
