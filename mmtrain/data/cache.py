@@ -12,8 +12,9 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from math import inf
 from pathlib import Path
 from typing import BinaryIO
 
@@ -43,7 +44,7 @@ class ShardCache:
         The copy may be removed by another process as soon as it is not the latest any more: open it at once, and ask
         again if it is gone. DataError if it cannot be fetched, has another size, or does not fit.
         """
-        copy = self._folder / f"{hashlib.sha256(address.encode('utf-8', 'surrogateescape')).hexdigest()[:32]}.tar"
+        copy = self._copy(address)
         if not self._used(copy, size):
             if size is not None and size > self._limit:
                 raise DataError(
@@ -54,6 +55,31 @@ class ShardCache:
                 if not self._used(copy, size):  # somebody else may have fetched it meanwhile
                     self._fetch(address, copy, size)
         return copy
+
+    def held(self, address: str, size: int) -> bool:
+        """Whether there is a copy; if so, it now counts as used last."""
+        return self._used(self._copy(address), size)
+
+    def ahead(self, address: str, size: int, going: Callable[[], bool]) -> None:
+        """Fetch a shard that will be needed, unless somebody is at it, the disk is too full, or the cache too small.
+
+        Ends early when `going` says no. One try: DataError or OSError if it fails, and `local` will try again.
+        """
+        copy = self._copy(address)
+        self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        if size > min(self._limit, shutil.disk_usage(self._folder).free):
+            return
+        try:
+            with _locked(copy.with_suffix(".lock"), wait=False):
+                if not self._used(copy, size):
+                    self._make_room(size, copy)
+                    self._download(address, copy, size, going)
+        except BlockingIOError:
+            return
+
+    def _copy(self, address: str) -> Path:
+        """Where the copy of a shard is or will be."""
+        return self._folder / f"{hashlib.sha256(address.encode('utf-8', 'surrogateescape')).hexdigest()[:32]}.tar"
 
     @staticmethod
     def _used(copy: Path, size: int | None) -> bool:
@@ -67,25 +93,35 @@ class ShardCache:
 
     def _fetch(self, address: str, copy: Path, size: int | None) -> None:
         """Make a copy, or say why there is none."""
+        for number in range(TRIES):
+            self._make_room(size or 0, copy)
+            try:
+                self._download(address, copy, size, _always)
+                break
+            except OSError as error:
+                if error.errno == errno.ENOSPC and not self._make_room(self._limit, copy):
+                    raise DataError(
+                        f"shard {address}: no space left for its copy in {self._folder}; free some, lower "
+                        "data.cache_gib, or set data.cache to a folder on another disk"
+                    ) from None
+                if number == TRIES - 1:
+                    raise DataError(
+                        f"shard {address}: cannot be fetched ({error}), tried {TRIES} times; check the address "
+                        "and the way to it"
+                    ) from None
+                time.sleep(4**number)
+        self._make_room(0, copy)
+
+    def _download(self, address: str, copy: Path, size: int | None, going: Callable[[], bool]) -> None:
+        """One try to make a copy; none appears when `going` says no. OSError if it breaks off."""
         partial = copy.with_suffix(".tar.partial")
         try:
-            for number in range(TRIES):
-                self._make_room(size or 0, copy)
-                try:
-                    found = _download(address, partial)
-                    break
-                except OSError as error:
-                    if error.errno == errno.ENOSPC and not self._make_room(self._limit, copy):
-                        raise DataError(
-                            f"shard {address}: no space left for its copy in {self._folder}; free some, lower "
-                            "data.cache_gib, or set data.cache to a folder on another disk"
-                        ) from None
-                    if number == TRIES - 1:
-                        raise DataError(
-                            f"shard {address}: cannot be fetched ({error}), tried {TRIES} times; check the address "
-                            "and the way to it"
-                        ) from None
-                    time.sleep(4**number)
+            found, most = 0, inf if size is None else size
+            with _open(address) as source, partial.open("wb") as target:
+                while going() and found <= most and (chunk := source.read(CHUNK)):
+                    found += target.write(chunk)
+            if not going():
+                return
             if size is not None and found != size:
                 raise DataError(
                     f"shard {address}: {found} bytes came, but {size} when indexed; it changed, index it again with "
@@ -93,7 +129,6 @@ class ShardCache:
                 )
             partial.replace(copy)
             self._used(copy, size)
-            self._make_room(0, copy)
         finally:
             partial.unlink(missing_ok=True)
 
@@ -119,12 +154,9 @@ class ShardCache:
         return removed
 
 
-def _download(address: str, path: Path) -> int:
-    """Write what lies at `address` to `path`; returns its bytes. OSError if it breaks off."""
-    with _open(address) as source, path.open("wb") as target:
-        shutil.copyfileobj(source, target, CHUNK)
-        target.flush()
-        return target.tell()
+def _always() -> bool:
+    """What is needed now is fetched to its end."""
+    return True
 
 
 def _open(address: str) -> BinaryIO:
@@ -144,18 +176,17 @@ def _open(address: str) -> BinaryIO:
 
 
 @contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Hold the lock file `path`; it goes with the process if not before."""
+def _locked(path: Path, wait: bool = True) -> Iterator[None]:
+    """Hold the lock file `path`; it goes with the process if not before. BlockingIOError: it is held, do not `wait`."""
     with path.open("ab") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
 
 
 def _is_locked(partial: Path) -> bool:
     """Whether somebody is writing this copy."""
-    with partial.with_suffix("").with_suffix(".lock").open("ab") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-    return False
+    try:
+        with _locked(partial.with_suffix("").with_suffix(".lock"), wait=False):
+            return False
+    except BlockingIOError:
+        return True

@@ -15,6 +15,7 @@ from mmtrain.config.errors import ConfigError, DataError
 from mmtrain.config.layout import lane_problems, share_problems
 from mmtrain.config.schema import Recipe, Source
 from mmtrain.config.tokens import TokenKind
+from mmtrain.data.ahead import Fetcher
 from mmtrain.data.batch import canvas_of, stack
 from mmtrain.data.collate import EVEN, PackArrays, Shape
 from mmtrain.data.index import Shard, check_index, index_paths, open_folder
@@ -83,6 +84,7 @@ class Loader:
             EVEN if finite_batches is not None else recipe.data.loss_weights,
         )
         self._reader = Reader(self._spec, tokenizer)
+        self._fetcher = Fetcher(self._spec.open_cache(), self._spec.cache_bytes)
         workers = recipe.data.workers
         self._pool = WorkerPool(self._spec, workers, recipe.data.max_images) if workers else None
 
@@ -121,9 +123,10 @@ class Loader:
         return self._pool.processes() if self._pool else []
 
     def close(self) -> None:
-        """End the decoding processes."""
+        """End the decoding processes, and what fetches remote shards."""
         if self._pool:
             self._pool.close()
+        self._fetcher.close()
 
     def __enter__(self) -> "Loader":
         """Closes by itself at the end of a `with`."""
@@ -142,6 +145,7 @@ class Loader:
                 "or raise data.sources.NAME.max_epochs"
             )
         plan: Plan = self._planner.next_step()
+        self._fetcher.want(*self._planner.shards())
         lanes = self._recipe.data.num_lanes()
         packs = [pack for number, pack in enumerate(plan.packs) if number % lanes % self._size == self._rank]
         answers = [self._pool.submit(pack) for pack in packs] if self._pool else []

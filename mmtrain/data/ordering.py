@@ -8,7 +8,7 @@ ordinal = epoch * samples + place in the epoch.
 import hashlib
 from bisect import bisect_left, bisect_right
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate, repeat
 from operator import attrgetter
 from typing import NamedTuple
@@ -159,6 +159,16 @@ class SourceOrder:
         """The tar that a document lies in."""
         return self._index(document.index).path
 
+    def blocks(self, ordinal: int) -> Iterator[tuple[int, list[Shard]]]:
+        """First ordinal and shards of the block that holds `ordinal`, and of all after it; reads no index."""
+        epoch, place = divmod(ordinal, self.samples)
+        number = bisect_right(self._epoch(epoch)[1], place) - 1
+        while True:
+            order, starts = self._epoch(epoch)
+            for at in range(number, len(starts)):
+                yield epoch * self.samples + starts[at], self._shards_of(order, at)
+            epoch, number = epoch + 1, 0
+
     def identity(self) -> str:
         """Short hash of what the shards hold and how it was tokenised; the folder they lie in does not matter."""
         headers = [shard.header for shard in self._shards]
@@ -194,7 +204,7 @@ class SourceOrder:
         """One block of an epoch."""
         if (epoch, number) not in self._blocks:
             order, starts = self._epoch(epoch)
-            shards = [self._shards[n] for n in order[number * self._open_shards : (number + 1) * self._open_shards]]
+            shards = self._shards_of(order, number)
             rooms = [self._sizer.rooms(self._index(shard.index).columns) for shard in shards]
             counts = [len(tokens) for tokens, _ in rooms]
             first, count = epoch * self.samples + starts[number], sum(counts)
@@ -222,11 +232,21 @@ class SourceOrder:
             # Planned(...) for each row, made in C: this is half of the time that a block takes.
             documents = list(map(tuple.__new__, repeat(Planned), columns))
             long = np.flatnonzero((tokens > self._limits[0]) | (panels > self._limits[1]))
-            self._cut(documents, long.tolist())
-            self._blocks[epoch, number] = self._measured(first, first + count, documents)
+            if len(long):
+                self._cut(documents, long.tolist())
+                tokens = np.array([document.tokens for document in documents])
+                panels = np.array([document.panels for document in documents])
+            volumes = np.cumsum(tokens * self._limits[1] + panels * self._limits[0]).tolist()
+            unusable = np.flatnonzero(tokens == 0).tolist()
+            sizes = tokens.tolist(), panels.tolist(), [0, *volumes], [*unusable, len(documents)]
+            self._blocks[epoch, number] = Block(first, first + count, documents, *sizes)
             if len(self._blocks) > OPEN_BLOCKS:
                 self._blocks.popitem(last=False)
         return self._blocks[epoch, number]
+
+    def _shards_of(self, order: Sequence[int], number: int) -> list[Shard]:
+        """The shards of a block."""
+        return [self._shards[shard] for shard in order[number * self._open_shards : (number + 1) * self._open_shards]]
 
     def _cut(self, documents: list[Planned], long: Sequence[int]) -> None:
         """Put stretches in the places of the documents that are longer than a pack."""
@@ -244,11 +264,3 @@ class SourceOrder:
                 Planned(document.ordinal, self.number, path, row, cut.tokens, cut.panels, part, cut)
                 for part, cut in enumerate(cuts)
             ]
-
-    def _measured(self, first: int, stop: int, documents: list[Planned]) -> Block:
-        """The block of `documents`."""
-        tokens = [document.tokens for document in documents]
-        panels = [document.panels for document in documents]
-        volumes = np.cumsum(np.array(tokens) * self._limits[1] + np.array(panels) * self._limits[0])
-        unusable = [*np.flatnonzero(np.array(tokens) == 0).tolist(), len(documents)]
-        return Block(first, stop, documents, tokens, panels, [0, *volumes.tolist()], unusable)

@@ -179,9 +179,16 @@ class Planner:
                 pack.append(streams[at].waiting[number])
                 numbers[at].append(number)
             for stream, of_stream in zip(streams, numbers, strict=True):
-                stream.remove(of_stream)
+                if of_stream:
+                    stream.remove(of_stream)
         self._packs += 1
         return pack
+
+    def shards(self) -> tuple[list[Shard], list[Shard]]:
+        """Shards that the next packs are read from, and those that come after them; some may come twice."""
+        each = [stream.shards() for stream in self._streams if not stream.ended()]
+        now, following = ([shard for of_stream in each for shard in of_stream[part]] for part in (0, 1))
+        return now, following
 
     def cursor(self) -> dict[str, Any]:
         """State after the packs made so far, as JSON."""

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 from mmtrain.config.errors import DataError
 from mmtrain.config.schema import Data
+from mmtrain.data.index import Shard
 from mmtrain.data.ordering import Block, Planned, SourceOrder
 
 REFILL = 0.75
@@ -66,6 +67,17 @@ class Stream:
         """Documents drawn so far, unusable ones included."""
         return self._next()[0]
 
+    def shards(self) -> tuple[list[Shard], list[Shard]]:
+        """Shards that waiting documents and the next to be drawn lie in, and those of the block after that."""
+        now: list[Shard] = []
+        for first, shards in self.order.blocks(self.waiting[0].ordinal if self.waiting else self.drawn):
+            if self.limit is not None and first >= self.limit:
+                break
+            if first > self.drawn:
+                return now, shards
+            now += shards
+        return now, []
+
     def _next(self) -> tuple[int, int]:
         """Ordinal and stretch of what is drawn next."""
         if self._at == len(self._block.documents):
@@ -125,11 +137,15 @@ class Stream:
 
     def remove(self, numbers: Sequence[int]) -> None:
         """Take documents out of the window, by their ascending numbers in it, and count them as served."""
-        tokens = panels = 0
-        for number in reversed(numbers):
+        first = 0  # documents at the window's beginning: most of what goes, and goes at once
+        while first < len(numbers) and numbers[first] == first:
+            first += 1
+        tokens, panels = sum(self.tokens[:first]), sum(self.panels[:first])
+        for number in reversed(numbers[first:]):
             tokens += self.tokens.pop(number)
             panels += self.panels.pop(number)
             del self.waiting[number], self.entered[number]
+        del self.tokens[:first], self.panels[:first], self.waiting[:first], self.entered[:first]
         self.served += tokens
         self._volume -= tokens * self._images + panels * self._length
 
