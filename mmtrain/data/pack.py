@@ -132,10 +132,11 @@ class _Cutter:
 class SubsetSum:
     """Which of the items offered so far fill a space best: most tokens, within both budgets. Exact.
 
-    All sums are one Python integer of `slots` + 1 rows: bit t of row c is set when some of the items have t tokens and
-    c panels in all. An item shifts the integer by its tokens and rows, and a mask drops what left the space: a row is
-    wide enough that no sum reaches the next. Thousands of sums move in three machine loops, without numpy. Where
-    panels cannot run out, one row does.
+    All sums are one Python integer of `slots` + 1 rows: a bit of row c says that some of the items leave r tokens free
+    and have c panels in all, and r is its place in the row. An item shifts the integer, by its tokens to the right and
+    by its panels' rows to the left, and a mask drops what left the space: a row begins with as many unused bits as a
+    shift can cross. Thousands of sums move in three machine loops, without numpy. Where panels cannot run out there is
+    one row, and nothing to drop: what does not fit falls off the end.
     """
 
     def __init__(self, room: int, slots: int | None, slack: int = 0) -> None:
@@ -143,82 +144,89 @@ class SubsetSum:
 
         `slack` < room: tokens that may stay free without looking for a better filling.
         """
-        self._room = room
+        self._room, self._slots = room, slots
+        self._enough = (2 << slack) - 1
         if slots is None:
-            self._stride, full = 0, 1 << room
-            self._inside = (full << 1) - 1
+            self._sums = 1 << room
         else:
             self._stride = 2 * room + 1
             self._inside, full = _masks(room, slots)
-        self._slots, self._enough = slots, (full << 1) - (full >> slack)
-        self._sums = 1
-        self._items: list[tuple[int, int]] = []
-        self._shifts: list[int] = []
+            self._sums, self._enough = 1 << 2 * room, (full << (slack + 1)) - full
         self._before: list[int] = []  # sums before each item, to walk back from the best one
+        self._numbers: list[int] = []  # of each item in its window
+        self._windows: list[tuple[int, int, Sequence[int], Sequence[int]]] = []  # items before it, and what was offered
 
     def offer(self, window: int, tokens: Sequence[int], panels: Sequence[int], begin: int, least: int) -> bool:
         """Offer items of a window from number `begin` on; returns whether some items now fill all but the slack.
 
         Ends there, or after `least` items that fit alone if these hold twice the room. Items have at least one token.
         """
-        items, shifts, before = self._items, self._shifts, self._before
-        sums, room, slots, stride = self._sums, self._room, self._slots, self._stride
-        inside, enough = self._inside, self._enough
-        missing, least = 2 * room, len(items) + least
+        numbers, before = self._numbers, self._before
+        self._windows.append((len(before), window, tokens, panels))
+        sums, room, slots, enough = self._sums, self._room, self._slots, self._enough
+        missing, least = 2 * room, len(before) + least
+        if slots is not None:
+            stride, inside = self._stride, self._inside
         for number in range(begin, len(tokens)):
             shift = tokens[number]
             if shift > room:
                 continue
             missing -= shift
-            if stride:
-                if panels[number] > slots:
+            if slots is None:
+                before.append(sums)
+                sums |= sums >> shift
+            else:
+                rows = panels[number]
+                if rows > slots:
                     continue
-                shift += panels[number] * stride
-            items.append((window, number))
-            shifts.append(shift)
-            before.append(sums)
-            sums |= (sums << shift) & inside
+                before.append(sums)
+                sums |= (sums << (rows * stride - shift) if rows else sums >> shift) & inside
+            numbers.append(number)
             if sums & enough:
                 self._sums = sums
                 return True
-            if missing <= 0 and len(items) >= least:
+            if missing <= 0 and len(before) >= least:
                 break
         self._sums = sums
         return False
 
     def best(self) -> list[tuple[int, int]]:
         """Window and number of the items to take, in the order of offering: earlier ones wherever there is a choice."""
-        tokens, panels = self._best_sum()
-        at = tokens + panels * self._stride
+        at = self._best_sum()
         taken = []
-        for item, shift, before in zip(self._items[::-1], self._shifts[::-1], self._before[::-1], strict=True):
-            if not before >> at & 1:
-                taken.append(item)
-                at -= shift
+        before, numbers, stop = self._before, self._numbers, len(self._before)
+        for first, window, tokens, panels in reversed(self._windows):
+            for item in range(stop - 1, first - 1, -1):
+                if not before[item] >> at & 1:
+                    number = numbers[item]
+                    taken.append((window, number))
+                    at += tokens[number]
+                    if self._slots is not None:
+                        at -= panels[number] * self._stride
+            stop = first
         return taken[::-1]
 
-    def _best_sum(self) -> tuple[int, int]:
-        """The most tokens, and the fewest panels that they come with (one row does not count them)."""
-        if not self._stride:
-            return self._sums.bit_length() - 1, 0
-        best, panels, sums = 0, 0, self._sums
-        row = (1 << (self._room + 1)) - 1
-        for count in range(sums.bit_length() // self._stride + 1):
-            tokens = (sums >> (count * self._stride) & row).bit_length() - 1
-            if tokens > best:
-                best, panels = tokens, count
-        return best, panels
+    def _best_sum(self) -> int:
+        """The bit of the fewest tokens left, and of the fewest panels that these come with."""
+        sums = self._sums
+        if self._slots is None:
+            return (sums & -sums).bit_length() - 1
+        found, left, row = 0, self._room + 1, (1 << (self._room + 1)) - 1
+        for start in range(self._room, sums.bit_length(), self._stride):
+            leaves = sums >> start & row
+            if leaves and (least := (leaves & -leaves).bit_length() - 1) < left:
+                found, left = start + least, least
+        return found
 
 
 @lru_cache(maxsize=2048)
 def _masks(room: int, slots: int) -> tuple[int, int]:
-    """Bits of all sums inside a space, and of those that fill its room."""
+    """Bits of all sums inside a space, and of those that leave nothing free."""
     stride, rows = 2 * room + 1, 1
-    first = 1  # the first bit of each row, doubled until there are enough
+    full = 1 << room  # the first bit of each row's sums, doubled until there are enough
     while rows <= slots:
-        first |= first << (rows * stride)
+        full |= full << (rows * stride)
         rows *= 2
-    first &= (1 << ((slots + 1) * stride)) - 1
-    full = first << room
-    # Borrowing fills each row below its bit of `full`: 2^room - 2^0 sets the bits 0 ... room - 1.
-    return (full - first) | full, full
+    full &= (1 << ((slots + 1) * stride)) - 1
+    # Borrowing fills each row up to its bit of the most tokens: 2^(r + 1) - 2^0 sets the bits 0 ... r.
+    return (full << (room + 1)) - full, full
