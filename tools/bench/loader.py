@@ -1,33 +1,34 @@
 """The loader against its limits, on the same images and one core; and its memory.
 
-    python -m tools.bench.loader images [--seconds 0.5] [--rounds 3] [--save]
+    python -m tools.bench.loader images [--seconds 0.7] [--rounds 5] [--save]
     python -m tools.bench.loader memory [--save]           peak memory with 1 and 4 workers
 
 images: `loader` is this package's Loader with one worker; `webdataset` is webdataset's pipeline with its own decoder
 (Pillow) and a resize to the canvas; `decode` and `pillow` decode and resize from memory, nothing else: the limits of
 the two. Rates are images per second of processor time of all processes involved, so that other work on the machine
-counts less. All four take turns in every round; rates and ratios are medians over rounds. Images are made here: smooth
-noise with the spectrum of photographs, and small shapes as PNG.
+counts less. All four take turns in every round, and ratios are taken within a round; medians over rounds. Images are
+made here: smooth noise with the spectrum of photographs, 640 x 480, and small shapes as PNG, 100 x 100.
 """
 
 import argparse
 import io
 import os
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from statistics import median
 
 import numpy as np
-import psutil
 import webdataset
 from PIL import Image
 
 from mmtrain.config.schema import Connector, Data, Model, Recipe, Source, Vision
 from mmtrain.data.image import Canvas, decode_image
 from mmtrain.data.index import build_index, write_index
-from mmtrain.data.loader import Loader
+from mmtrain.data.loader import STEPS_AHEAD, Loader
 from mmtrain.data.shards import ShardWriter
 from mmtrain.data.tokenizer import Tokenizer, train_bpe
 from tools.bench.record import tell
@@ -35,6 +36,11 @@ from tools.bench.record import tell
 KINDS = ("photo baseline", "photo progressive", "small png")
 SIZES = (112, 224, 336)
 PICTURES = 96
+PASS = 32
+"""Images between two looks at the clock, which are not free."""
+SHARD_BYTES = 64 << 20
+"""What all shards of a measurement come to at most."""
+
 LENGTH = 2048
 PER_IMAGE = 64
 IMAGES_A_PACK = 16
@@ -46,32 +52,37 @@ IMAGES_A_PACK = 16
 
 def picture(kind: str, number: int) -> bytes:
     """One image file."""
-    rng = np.random.default_rng(number)
     buffer = io.BytesIO()
     if kind == "small png":
+        rng = np.random.default_rng(number)
         pixels = np.full((100, 100, 3), 200, np.uint8)
         for _ in range(4):
             top, left = rng.integers(0, 80, 2)
             pixels[top : top + 20, left : left + 20] = rng.integers(0, 255, 3)
         Image.fromarray(pixels).save(buffer, "PNG")
-        return buffer.getvalue()
-    height, width = 480, 640
-    spectrum = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None])
-    spectrum[0, 0] = 1
-    noise = rng.standard_normal((3, height, width))
-    planes = np.fft.irfft2(np.fft.rfft2(noise) / spectrum, (height, width))
-    values = np.stack([planes[0] + 0.3 * plane for plane in planes], -1)
-    pixels = np.clip(128 + 50 * values / values.std(), 0, 255).astype(np.uint8)
-    Image.fromarray(pixels).save(buffer, "JPEG", quality=90, progressive="progressive" in kind)
+    else:
+        photograph(number).save(buffer, "JPEG", quality=90, progressive="progressive" in kind)
     return buffer.getvalue()
 
 
+@cache
+def photograph(number: int, height: int = 480, width: int = 640) -> Image.Image:
+    """Noise whose spectrum falls as that of photographs does."""
+    spectrum = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None])
+    spectrum[0, 0] = 1
+    noise = np.random.default_rng(number).standard_normal((3, height, width))
+    planes = np.fft.irfft2(np.fft.rfft2(noise) / spectrum, (height, width))
+    values = np.stack([planes[0] + 0.3 * plane for plane in planes], -1)
+    return Image.fromarray(np.clip(128 + 50 * values / values.std(), 0, 255).astype(np.uint8))
+
+
 def shards_of(folder: Path, files: Sequence[bytes]) -> Tokenizer:
-    """Caption shards of the images."""
+    """Caption shards of the images, each as often as there is room: an epoch's beginning must not be all there is."""
     tokenizer = Tokenizer(train_bpe(["a picture of nothing in particular"], 400, folder / "tokenizer.json"))
     suffix = "png" if files[0][:4] == b"\x89PNG" else "jpg"
-    writer = ShardWriter(folder, 32)
-    for number, data in enumerate(files):
+    times = min(32, max(1, SHARD_BYTES // sum(map(len, files))))
+    writer = ShardWriter(folder, 128)
+    for number, data in enumerate(list(files) * times):
         writer.write(f"{number:06d}", {suffix: data, "txt": b"a picture of nothing in particular"})
     writer.close()
     for tar in folder.glob("*.tar"):
@@ -95,19 +106,19 @@ def recipe_of(folder: Path, size: int, workers: int, batch: int = 4) -> Recipe:
     return replace(Recipe(name="bench", out=""), model=model, data=data, steps=1 << 40)
 
 
-def processor_seconds(processes: Sequence[psutil.Process]) -> float:
-    """Processor time that these processes have used."""
-    return sum(sum(process.cpu_times()[:2]) for process in processes)
+def processor_seconds(processes: Sequence[int]) -> float:
+    """Processor time that these processes have used, by their own clocks (what clock_getcpuclockid gives on Linux)."""
+    return sum(time.clock_gettime((~process << 3) | 2) for process in processes)
 
 
-def rate(work: Iterator[int], processes: Sequence[psutil.Process], seconds: float) -> float:
+def rate(work: Iterator[int], processes: Sequence[int], seconds: float) -> float:
     """Images per second of processor time of work that yields how many it has done."""
-    for _ in range(3):
+    for _ in range(1 + STEPS_AHEAD):  # what the loader had ready before does not count
         next(work)
     done, used = 0, processor_seconds(processes)
-    while processor_seconds(processes) - used < seconds:
+    while (spent := processor_seconds(processes) - used) < seconds:
         done += next(work)
-    return done / (processor_seconds(processes) - used)
+    return done / spent
 
 
 def loaded(loader: Loader) -> Iterator[int]:
@@ -117,11 +128,12 @@ def loaded(loader: Loader) -> Iterator[int]:
 
 
 def repeated(files: Sequence[bytes], decode: Callable[[bytes], np.ndarray]) -> Iterator[int]:
-    """Decoding from memory, for ever."""
+    """Decoding from memory, for ever; yields after PASS images."""
     while True:
-        for data in files:
-            decode(data)
-            yield 1
+        for at in range(0, len(files), PASS):
+            for data in files[at : at + PASS]:
+                decode(data)
+            yield PASS
 
 
 def webdataset_pillow(folder: Path, size: int) -> Iterator[int]:
@@ -133,8 +145,9 @@ def webdataset_pillow(folder: Path, size: int) -> Iterator[int]:
     urls = sorted(map(str, folder.glob("*.tar")))
     while True:
         dataset = webdataset.WebDataset(urls, shardshuffle=False).decode("pil").to_tuple("jpg;png", "txt")
-        for _ in dataset.map_tuple(resized, lambda text: text):
-            yield 1
+        for number, _ in enumerate(dataset.map_tuple(resized, lambda text: text), start=1):
+            if number % PASS == 0:
+                yield PASS
 
 
 def pillow(data: bytes, size: int) -> np.ndarray:
@@ -146,7 +159,7 @@ def pillow(data: bytes, size: int) -> np.ndarray:
 def bench_images(seconds: float, rounds: int) -> Iterator[dict[str, object]]:
     """All kinds and sizes."""
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
-    me = psutil.Process()
+    me = os.getpid()
     for kind in KINDS:
         files = [picture(kind, number) for number in range(PICTURES)]
         with tempfile.TemporaryDirectory() as name:
@@ -155,12 +168,11 @@ def bench_images(seconds: float, rounds: int) -> Iterator[dict[str, object]]:
             for size in SIZES:
                 canvas = Canvas(size, size)
                 with Loader(recipe_of(folder, size, workers=1), tokenizer, 0, 1) as loader:
-                    workers = [psutil.Process(pid) for pid in loader.worker_pids()]
                     work = {
                         "decode": (repeated(files, lambda data, c=canvas: decode_image(data, c)), [me]),
                         "pillow": (repeated(files, lambda data, s=size: pillow(data, s)), [me]),
                         "webdataset": (webdataset_pillow(folder, size), [me]),
-                        "loader": (loaded(loader), [me, *workers]),
+                        "loader": (loaded(loader), [me, *loader.worker_pids()]),
                     }
                     found = [{n: rate(*of, seconds) for n, of in work.items()} for _ in range(rounds)]
                 yield {
@@ -206,8 +218,8 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["images", "memory"])
-    parser.add_argument("--seconds", type=float, default=0.5, help="processor time of each measurement (images)")
-    parser.add_argument("--rounds", type=int, default=3, help="times that each is measured (images)")
+    parser.add_argument("--seconds", type=float, default=0.7, help="processor time of each measurement (images)")
+    parser.add_argument("--rounds", type=int, default=5, help="times that each is measured (images)")
     parser.add_argument("--save", action="store_true", help="write results/loader_images.json or loader_memory.json")
     arguments = parser.parse_args()
     if arguments.what == "images":
