@@ -67,10 +67,10 @@ def batch_documents(documents: Sequence[Document], recipe: Recipe, tokenizer: To
         most = (1 + canvas.sub_images) * sum(isinstance(part, ImagePart) for part in document.parts)
         rooms.append(np.empty((most, CHANNELS, canvas.height, canvas.width), np.uint8))
         laid.append(lay_out(document, None, Shape(canvas, per_image, 0), tokenizer.image_id, rooms[-1]))
-    shape = Shape(canvas, per_image, max(len(row.tokens) for row in laid))
+    shape = Shape(canvas, per_image, max(row.length for row in laid))
     packs = []
     for document, room, row in zip(documents, rooms, laid, strict=True):
         arrays = replace(PackArrays.fresh(shape, len(room)), panels=room)
-        slot = Slot(document.key, 0, len(row.tokens), row)
+        slot = Slot(document.key, 0, row.length, row)
         packs.append(collate_pack([slot], arrays, shape, tokenizer.image_id, tokenizer.pad_id))
     return stack(packs, shape, num_sources=1)

@@ -6,6 +6,7 @@ numpy only: decoding processes import this module and never torch.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 
@@ -28,20 +29,18 @@ class Shape:
     """Positions of a pack (T)."""
 
 
-@dataclass(frozen=True, slots=True)
-class Laid:
-    """A document, or a stretch of one, as a row of tokens."""
+class Laid(NamedTuple):
+    """A document, or a stretch of one, as places in a row of positions."""
 
-    tokens: np.ndarray
-    """[n] int32; the placeholder's id at image positions."""
-    supervised: np.ndarray
-    """[n] bool: whether the token is a target of the loss."""
-    starts: list[int]
-    """First position of each panel, within the row."""
+    length: int
+    """Positions."""
+    texts: list[tuple[int, np.ndarray, np.ndarray]]
+    """First position, token ids [n] int32, and [n] bool whether each is a target of the loss."""
+    images: list[int]
+    """First position of each panel."""
 
 
-@dataclass(frozen=True, slots=True)
-class Slot:
+class Slot(NamedTuple):
     """What stands at one place of a pack."""
 
     key: str
@@ -51,7 +50,7 @@ class Slot:
     length: int
     """Positions that the plan gave it."""
     laid: Laid | None
-    """Its row; None for a bad sample, whose place stays padding."""
+    """What lies there; None for a bad sample, whose place stays padding."""
 
 
 _BY_POSITION = {
@@ -128,25 +127,21 @@ def lay_out(document: Document, cut: Cut | None, shape: Shape, image_id: int, ro
 
     BadSample if one of its images cannot be decoded. Pixels that find no room are lost, but have their tokens.
     """
-    rows: list[np.ndarray] = []
-    masks: list[np.ndarray] = []
-    starts: list[int] = []
+    texts: list[tuple[int, np.ndarray, np.ndarray]] = []
+    images: list[int] = []
     length = 0
-    numbers = range(len(document.parts)) if cut is None else range(cut.first, cut.last + 1)
-    for number in numbers:
-        part = document.parts[number]
+    parts = document.parts if cut is None else document.parts[cut.first : cut.last + 1]
+    for number, part in enumerate(parts):
         if isinstance(part, ImagePart):
-            count = len(decode_image(part.data, shape.canvas, room[len(starts) :])) * shape.image_tokens
-            starts.extend(range(length, length + count, shape.image_tokens))
-            row, mask = np.full(count, image_id, np.int32), np.zeros(count, bool)
+            end = length + len(decode_image(part.data, shape.canvas, room[len(images) :])) * shape.image_tokens
+            images.extend(range(length, end, shape.image_tokens))
+            length = end
         else:
-            start = cut.start if cut and number == cut.first else 0
-            stop = cut.stop if cut and number == cut.last else len(part.token_ids)
-            row, mask = part.token_ids[start:stop], part.supervised[start:stop]
-        rows.append(row)
-        masks.append(mask)
-        length += len(row)
-    return Laid(np.concatenate(rows), np.concatenate(masks), starts)
+            start = cut.start if cut and number == 0 else 0
+            stop = cut.stop if cut and number == len(parts) - 1 else len(part.token_ids)
+            texts.append((length, part.token_ids[start:stop], part.supervised[start:stop]))
+            length += stop - start
+    return Laid(length, texts, images)
 
 
 EVEN = LossWeights()
@@ -173,30 +168,36 @@ def collate_pack(
     starts: list[int] = []
     for slot, begin in zip(slots, begins.tolist(), strict=True):
         if slot.laid is not None:
-            tokens[begin : begin + slot.length] = slot.laid.tokens
-            learnt[begin : begin + slot.length] = slot.laid.supervised
-            starts += [begin + start for start in slot.laid.starts]
+            for start, ids, supervised in slot.laid.texts:
+                at = begin + start
+                tokens[at : at + len(ids)] = ids
+                learnt[at : at + len(ids)] = supervised
+            starts += [begin + start for start in slot.laid.images]
     good = np.array([slot.laid is not None for slot in slots], bool).repeat(lengths)
+    number = np.arange(len(slots)).repeat(lengths)
     rest = slice(used, None)
-    at = np.arange(used)
-    arrays.document_ids[:used] = np.where(good, np.arange(len(slots)).repeat(lengths), -1)
+    arrays.document_ids[:used] = np.where(good, number, -1)
     arrays.document_ids[rest] = -1
-    arrays.positions[:used] = (at - begins.repeat(lengths)) * good
+    arrays.positions[:used] = (np.arange(used) - begins[number]) * good
     arrays.positions[rest] = 0
-    arrays.source_ids[:used] = np.array([slot.source for slot in slots], np.int64).repeat(lengths) * good
+    arrays.source_ids[:used] = np.array([slot.source for slot in slots], np.int64)[number] * good
     arrays.source_ids[rest] = 0
-    arrays.kind[:used] = np.where(good, TokenKind.TEXT, TokenKind.PADDING)
+    arrays.kind[:used] = good * np.uint8(TokenKind.TEXT)
     arrays.kind[rest] = TokenKind.PADDING
-    where = np.array(starts, np.int64)
-    arrays.kind[where[:, None] + np.arange(shape.image_tokens)] = TokenKind.IMAGE
-    arrays.starts[: len(starts)] = where
+    images = (np.array(starts, np.int64)[:, None] + np.arange(shape.image_tokens)).ravel()
+    tokens[images] = image_id
+    arrays.kind[images] = TokenKind.IMAGE
+    arrays.starts[: len(starts)] = starts
     # What stands at t predicts t + 1, inside the document only, and from images up to t.
     learnt[:-1] = learnt[1:]
     learnt[ends - 1] = False
-    images = np.concatenate([[0], (arrays.kind[:used] == TokenKind.IMAGE).cumsum()])
-    seen = images[1:] > images[begins].repeat(lengths)
-    arrays.weights[:used] = learnt[:used] * np.where(seen, loss_weights.after_image, loss_weights.text_only)
-    arrays.weights[rest] = 0
-    arrays.labels[:-1] = np.where(arrays.weights[:-1] > 0, tokens[1:], 0)
+    if loss_weights.after_image == loss_weights.text_only:
+        np.multiply(learnt, loss_weights.text_only, out=arrays.weights)
+    else:
+        before = np.concatenate([[0], (arrays.kind[:used] == TokenKind.IMAGE).cumsum()])
+        seen = before[1:] > before[begins][number]
+        arrays.weights[:used] = learnt[:used] * np.where(seen, loss_weights.after_image, loss_weights.text_only)
+        arrays.weights[rest] = 0
+    np.multiply(tokens[1:], arrays.weights[:-1] > 0, out=arrays.labels[:-1])
     arrays.labels[-1] = 0
     return arrays.holding(len(starts), [slot.key for slot in slots])

@@ -158,7 +158,7 @@ class Columns:
     def text(self, name: str, number: int) -> str:
         """Text `number` of the columns `name` and `name`_end."""
         part = self._part(f"{name}_end", number)
-        return self._numbers[name][part].tobytes().decode("utf-8", "surrogateescape")
+        return str(self._numbers[name][part], "utf-8", "surrogateescape")
 
     @cached_property
     def _suffixes(self) -> list[str]:

@@ -107,13 +107,13 @@ class Reader:
                 source = self._spec.sources[planned.source]
                 where = {"source": source, "shard": index.path, "key": entry.key}
                 ledger.append({**where, "reason": str(error), "tokens": planned.tokens})
-            if laid is not None and len(laid.tokens) != planned.tokens:
+            if laid is not None and laid.length != planned.tokens:
                 raise DataError(
-                    f"shard {index.path}, sample {entry.key}: {len(laid.tokens)} tokens with its images, "
+                    f"shard {index.path}, sample {entry.key}: {laid.length} tokens with its images, "
                     f"but its index planned {planned.tokens}; an image changed its size: index the folder again with "
                     "`python -m tools.make_shards wds FOLDER --tokenizer F`"
                 )
-            used += len(laid.starts) if laid else 0
+            used += len(laid.images) if laid else 0
             slots.append(Slot(entry.key, planned.source, planned.tokens, laid))
         return ReadPack(collate_pack(slots, arrays, shape, image_id, pad_id, self._spec.loss_weights), ledger)
 

@@ -95,8 +95,8 @@ def test_no_more_is_fetched_than_fits_and_nothing_that_is_wanted_goes(store: tup
     a, b, c, d = shards(folder, "abcd")
     made.local(a.path, 1000)
     made.local(b.path, 1000)
-    fetcher.want([a], [c, d])
-    wait(lambda: held(folder / "copies") == [b"a", b"c"])  # b, used after a, went
+    fetcher.want([c], [a, d])
+    wait(lambda: held(folder / "copies") == [b"a", b"c"])  # b went, although it was used after a
     fetcher.want([c, a, b], [])  # do not fit: nothing to be done
     fetcher.want([d], [c, a])
     wait(lambda: sorted(held(folder / "copies")) == [b"c", b"d"])

@@ -6,6 +6,7 @@ import pytest
 from mmtrain.config.errors import DataError
 from mmtrain.config.schema import Source
 from mmtrain.config.tokens import TokenKind
+from mmtrain.data import reader
 from mmtrain.data.index import open_folder, read_index
 from mmtrain.data.loader import Loader
 from tests.data.inputs import picture, tokenizer, write_tar
@@ -128,3 +129,25 @@ def test_tokens_unlike_the_index_stop_the_run(folder: Path, tmp_path: Path, work
         steps(made)
     for word in (shard.path, "c4", f"{text_tokens + 5 * per_image} tokens", f"planned {text_tokens + per_image}"):
         assert word in str(caught.value)
+
+
+def test_samples_larger_than_what_is_read_are_bad(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = {
+        entry.key: entry.size
+        for name in ("captions", "text")
+        for shard in open_folder(folder / name, tokenizer())
+        for entry in read_index(shard.index).entries
+    }
+    limit = max(sizes.values()) - 1
+    monkeypatch.setattr(reader, "MAX_SAMPLE_BYTES", limit)
+    lines = [line for step in steps(make(folder, max_bad_fraction=1.0)) for line in step.ledger]
+    assert {(line["key"], line["reason"]) for line in lines} <= {
+        (key, f"{size} bytes, more than the {limit} that are read") for key, size in sizes.items() if size > limit
+    }
+    assert lines
+
+
+def test_a_pack_read_in_several_parts_is_the_same_pack(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = [packs(step) for step in steps(make(folder, {"steps": 2}))]
+    monkeypatch.setattr(reader, "READ_BYTES", 4000)  # two or three samples
+    assert [packs(step) for step in steps(make(folder, {"steps": 2}))] == expected

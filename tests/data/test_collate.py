@@ -1,5 +1,5 @@
 from collections.abc import Sequence
-from dataclasses import replace
+from itertools import accumulate
 from typing import NamedTuple
 
 import numpy as np
@@ -44,7 +44,7 @@ class Placed(NamedTuple):
 def placed(*parts: Text | ImagePart, key: str = "d", source: int = 0) -> Placed:
     pixels = room(*parts)
     laid = lay_out(document(*parts), None, SHAPE, IMAGE_ID, pixels)
-    return Placed(Slot(key, source, len(laid.tokens), laid), pixels)
+    return Placed(Slot(key, source, laid.length, laid), pixels)
 
 
 def collate(items: Sequence[Placed], weights: LossWeights = EVEN) -> PackArrays:
@@ -110,7 +110,7 @@ def test_a_pack_equals_its_slow_twin(drawn: list[tuple[list[Text | ImagePart], i
             continue
         left -= len(cells)
         made = placed(*parts, source=source)
-        items.append(made._replace(slot=replace(made.slot, laid=None)) if bad else made)
+        items.append(made._replace(slot=made.slot._replace(laid=None)) if bad else made)
         rows.append((source, len(cells) if bad else cells))
     pack = collate(items)
     names = ("tokens", "labels", "weights", "document_ids", "positions", "kind", "source_ids")
@@ -165,16 +165,20 @@ def test_the_stretches_of_a_cut_document_lie_end_to_end() -> None:
     pieces: list[Laid] = [
         lay_out(document(*parts), cut, SHAPE, IMAGE_ID, into) for cut, into in zip(cuts, rooms, strict=True)
     ]
-    assert [len(piece.tokens) for piece in pieces] == [cut.tokens for cut in cuts]
-    assert [len(piece.starts) for piece in pieces] == [cut.panels for cut in cuts] == list(map(len, rooms))
-    assert np.array_equal(np.concatenate([piece.tokens for piece in pieces]), whole.tokens)
-    assert np.array_equal(np.concatenate([piece.supervised for piece in pieces]), whole.supervised)
+    assert [piece.length for piece in pieces] == [cut.tokens for cut in cuts]
+    assert [len(piece.images) for piece in pieces] == [cut.panels for cut in cuts] == list(map(len, rooms))
     assert np.array_equal(np.concatenate(rooms), pixels)
+    begins = [0, *accumulate(piece.length for piece in pieces)]
+    for number in (1, 2):  # token ids, and which are targets
+        joined = [text[number] for piece in pieces for text in piece.texts]
+        assert np.array_equal(np.concatenate(joined), np.concatenate([text[number] for text in whole.texts]))
+    assert whole.images == [begin + at for begin, piece in zip(begins, pieces, strict=False) for at in piece.images]
 
 
 def test_a_stretch_inside_one_text() -> None:
     laid = lay_out(document(words(*range(10, 30))), Cut(0, 3, 0, 7, 4, 0), SHAPE, IMAGE_ID, room())
-    assert laid.tokens.tolist() == [13, 14, 15, 16]
+    ((start, ids, supervised),) = laid.texts
+    assert (laid.length, start, ids.tolist(), supervised.all()) == (4, 0, [13, 14, 15, 16], True)
 
 
 def packs() -> list[PackArrays]:

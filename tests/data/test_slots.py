@@ -9,7 +9,9 @@ from mmtrain.data.slots import SharedMemory, SlotWriter
 def test_what_is_written_into_a_slot_is_read_there_and_nowhere_else() -> None:
     memory = SharedMemory(5000)
     writer = SlotWriter(memory.descriptor, memory.slot_bytes)
-    taken = [memory.take() for _ in range(9)]  # more than there were at first
+    taken = [memory.take()]
+    writer.slot(taken[0][0])
+    taken += [memory.take() for _ in range(8)]  # more than there were when the writer looked first
     assert sorted(slot for slot, _ in taken) == list(range(9))
     for slot, _ in taken:
         writer.slot(slot)[:] = slot + 1

@@ -2,13 +2,14 @@
 
     python -m tools.bench.resume [--rounds 5] [--dir DIR] [--save]
 
-Three real shards of a thousand samples each (captions, illustrated documents, texts; photographs of 640 x 480) are
+Three real shards of a thousand samples each (captions, illustrated documents, texts; photographs of 320 x 240) are
 linked under 10,000 names, so every index and tar is opened, read and checked as a run would. Each start is a process of
 its own with one worker; starts take turns. `loader` is from the constructor to the first optimizer step of 8 packs of
 2,048 tokens, decoded; `planned` is to the first plan; `imports` is Python's way there. Wall seconds, median and best.
 """
 
 import argparse
+import io
 import json
 import os
 import subprocess
@@ -22,13 +23,14 @@ from statistics import median
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from mmtrain.config.schema import Connector, Data, Model, Recipe, Source, Vision
 from mmtrain.data.index import build_index, write_index
 from mmtrain.data.loader import Loader, make_planner
 from mmtrain.data.shards import ShardWriter
 from mmtrain.data.tokenizer import Tokenizer, train_bpe
-from tools.bench.loader import picture
+from tools.bench.loader import photograph
 from tools.bench.planner import later
 from tools.bench.record import ROOT, tell
 
@@ -42,7 +44,7 @@ WORDS = ("a", "picture", "of", "nothing", "in", "particular", "with", "some", "w
 def build(folder: Path) -> None:
     """One shard of each source, and its other names."""
     rng = np.random.default_rng(0)
-    photos = [picture("photo baseline", number) for number in range(16)]
+    photos = [jpeg(photograph(number, 240, 320)) for number in range(16)]
     tokenizer = Tokenizer(train_bpe([" ".join(WORDS)], 400, folder / "tokenizer.json"))
     for source, count in SHARDS.items():
         place = folder / source
@@ -56,6 +58,13 @@ def build(folder: Path) -> None:
         for number in range(1, count):
             for file in (tar, index):
                 os.link(file, place / f"shard-{number:06d}{file.suffix}")
+
+
+def jpeg(image: Image.Image) -> bytes:
+    """An image file."""
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=85)
+    return buffer.getvalue()
 
 
 def sample(source: str, rng: np.random.Generator, photos: Sequence[bytes]) -> dict[str, bytes]:
@@ -146,7 +155,7 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5, help="starts at each step (default: 5)")
-    parser.add_argument("--dir", type=Path, help="where shards are made (default: the temporary folder; 300 MB)")
+    parser.add_argument("--dir", type=Path, help="where shards are made (default: the temporary folder; 150 MB)")
     parser.add_argument("--save", action="store_true", help="write results/resume.json too")
     parser.add_argument("--start", nargs=3, metavar=("FOLDER", "BEGAN", "CURSOR"), help="one start (used by itself)")
     arguments = parser.parse_args()
