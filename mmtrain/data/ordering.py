@@ -250,16 +250,17 @@ class SourceOrder:
 
     def _cut(self, documents: list[Planned], long: Sequence[int]) -> None:
         """Put stretches in the places of the documents that are longer than a pack."""
-        sizes: dict[str, list[tuple[int, int]]] = {}
-        ends: dict[str, list[int]] = {}
+        sizes: dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
         for place in reversed(long):
             document = documents[place]
             path, row = document.index, document.row
             if path not in sizes:
                 columns = self._index(path).columns
-                sizes[path] = list(zip(*(part.tolist() for part in self._sizer.segments(columns)), strict=True))
-                ends[path] = [0, *columns["segment_end"].tolist()]
-            cuts = cut_document(sizes[path][ends[path][row] : ends[path][row + 1]], *self._limits)
+                sizes[path] = *self._sizer.segments(columns), columns["segment_end"]
+            tokens, panels, ends = sizes[path]
+            own = slice(ends[row - 1] if row else 0, ends[row])
+            segments = list(zip(tokens[own].tolist(), panels[own].tolist(), strict=True))
+            cuts = cut_document(segments, *self._limits)
             documents[place : place + 1] = [
                 Planned(document.ordinal, self.number, path, row, cut.tokens, cut.panels, part, cut)
                 for part, cut in enumerate(cuts)

@@ -81,6 +81,7 @@ class Planner:
                 limits = [limit[name] for limit in (passes or {}, caps or {}) if name in limit]
                 self._streams.append(Stream(order, share, data, volume, min(limits, default=None)))
         self._last = [stream for stream in self._streams if stream.order.name in (passes or names)]  # the plan's end
+        self._endless = all(stream.limit is None for stream in self._streams)
         self._filler = Filler(self._streams, data, sizer.image_tokens)
 
     @staticmethod
@@ -167,13 +168,16 @@ class Planner:
         """The next pack, empty when the plan has ended."""
         streams = self._streams
         clock = [stream.served / stream.share for stream in streams]
-        least = min([inf if stream.ended() else time for stream, time in zip(streams, clock, strict=True)])
+        if self._endless:
+            least = min(clock)
+        else:
+            least = min([inf if stream.ended() else time for stream, time in zip(streams, clock, strict=True)])
         for at, stream in enumerate(streams):
             stream.refill(self._packs, least, self._skipped)
             if not stream.waiting:
                 clock[at] = inf
         pack: list[Planned] = []
-        if min(clock) < inf and not self.finished:
+        if min(clock) < inf and (self._endless or not self.finished):
             numbers: list[list[int]] = [[] for _ in streams]
             for at, number in self._filler.choose(clock, self._packs - self._patience):
                 pack.append(streams[at].waiting[number])
