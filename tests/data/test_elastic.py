@@ -50,12 +50,17 @@ def test_restarts_with_other_ranks_lanes_and_micro_batches(folder: Path, parts: 
     assert done == STEPS
 
 
-RECIPES = ("recipes/mm1_30b.yaml", "recipes/demo/2_prefinetune.yaml", "recipes/real/2_prefinetune.yaml")
+RECIPES = (
+    "mm1_30b",
+    "cumo_7b/3_instruct",
+    *(f"{chain}/{name}" for chain in ("demo", "real", "smollm2") for name in ("2_prefinetune", "3_instruct")),
+)
+"""Those with more than one source; MM1's others have the same data."""
 
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_the_mixture_of_our_recipes_holds_in_every_thousand_packs(name: str) -> None:
-    recipe = load(ROOT / "configs" / name)
+    recipe = load(ROOT / "configs" / "recipes" / f"{name}.yaml")
     data, per_image = recipe.data, recipe.model.connector.num_tokens
     sizer = Sizer(Canvas(*recipe.model.vision.image_size, sub_images=data.sub_images), per_image)
     rng = np.random.default_rng(0)
@@ -78,13 +83,14 @@ def _after_one(plan: Planner) -> list[int]:
 
 
 def documents(kind: str, rng: np.random.Generator) -> list:
-    """Sizes like those of real captions, illustrated documents and texts."""
-    lengths = (rng.lognormal({"captions": 2.8, "interleaved": 3.5, "text": 6.0}[kind], 0.9, 2000) + 2).astype(int)
-    if kind == "captions":
-        return [[IMAGE, text(int(n))] for n in lengths]
-    if kind == "text":
+    """Sizes like those of real captions, illustrated documents, texts and conversations."""
+    means = {"captions": 2.8, "interleaved": 3.5, "text": 6.0}
+    lengths = (rng.lognormal(means.get(kind, 4.5), 0.9, 2000) + 2).astype(int)
+    if kind in ("text", "lima", "allava_text"):
         return [[text(int(n))] for n in lengths[:400]]
-    return [[text(int(n)), IMAGE] * int(rng.integers(1, 9)) for n in lengths[:600]]
+    if kind == "interleaved":
+        return [[text(int(n)), IMAGE] * int(rng.integers(1, 9)) for n in lengths[:600]]
+    return [[IMAGE, text(int(n))] for n in lengths]  # captions, and conversations about an image
 
 
 @settings(max_examples=15, deadline=None)
