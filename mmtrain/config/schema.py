@@ -101,7 +101,8 @@ class Data:
     cache: str = ""
     """Folder for copies of remote shards, shared by the processes of a node; empty for one in the temporary folder."""
     cache_gib: float = 50.0
-    """GiB that the copies take at most; the shards that all sources have open must fit."""
+    """GiB that the copies take at most; the shards that all sources have open must fit, and twice as much lets those
+    that come next be fetched before their turn."""
     allow_pipes: bool = False
     """Whether indexes may name shell commands (`pipe:...`) that give their shards."""
     quarantine: str = ""

@@ -1,6 +1,6 @@
 """The loader against its limits, on the same images and one core; and its memory.
 
-    python -m tools.bench.loader images [--seconds 0.7] [--rounds 5] [--save]
+    python -m tools.bench.loader images [--seconds 0.5] [--rounds 4] [--save]
     python -m tools.bench.loader memory [--save]           peak memory with 1 and 4 workers
 
 images: `loader` is this package's Loader with one worker; `webdataset` is webdataset's pipeline with its own decoder
@@ -12,7 +12,9 @@ made here: smooth noise with the spectrum of photographs, 640 x 480, and small s
 
 import argparse
 import io
+import json
 import os
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -113,7 +115,7 @@ def processor_seconds(processes: Sequence[int]) -> float:
 
 def rate(work: Iterator[int], processes: Sequence[int], seconds: float) -> float:
     """Images per second of processor time of work that yields how many it has done."""
-    for _ in range(1 + STEPS_AHEAD):  # what the loader had ready before does not count
+    for _ in range(1 + STEPS_AHEAD if len(processes) > 1 else 1):  # what workers had ready before does not count
         next(work)
     done, used = 0, processor_seconds(processes)
     while (spent := processor_seconds(processes) - used) < seconds:
@@ -218,12 +220,15 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["images", "memory"])
-    parser.add_argument("--seconds", type=float, default=0.7, help="processor time of each measurement (images)")
-    parser.add_argument("--rounds", type=int, default=5, help="times that each is measured (images)")
+    parser.add_argument("--seconds", type=float, default=0.5, help="processor time of each measurement (images)")
+    parser.add_argument("--rounds", type=int, default=4, help="times that each is measured (images)")
     parser.add_argument("--save", action="store_true", help="write results/loader_images.json or loader_memory.json")
     arguments = parser.parse_args()
     if arguments.what == "images":
-        rows = list(bench_images(arguments.seconds, arguments.rounds))
+        rows = []
+        for row in bench_images(arguments.seconds, arguments.rounds):
+            print(json.dumps(row), file=sys.stderr, flush=True)
+            rows.append(row)
         tell({"bench": "loader_images", "target": {"of_decode_alone": 0.9}, "rows": rows}, arguments.save)
     else:
         tell({"bench": "loader_memory", "rows": list(bench_memory())}, arguments.save)
