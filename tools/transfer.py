@@ -65,7 +65,8 @@ def carry(
     """Write the recipe to `out` and the report beside it; returns the report's lines. UserError where it cannot be."""
     trials = Study(sweep, create=False).trials()
     best = best_point(sweep, trials, variant)
-    proxy = sweep.recipe_of(best.params, sweep.out)
+    parent = sweep.parent_of(best.params[VARIANT])
+    proxy = sweep.recipe_of(best.params, sweep.out, (f"init_from={parent.out}",) if parent else ())
     target = load(target_file, overrides)
     refused, flagged = differences(proxy, target)
     stop = [difference for difference in refused if difference.key not in accept]

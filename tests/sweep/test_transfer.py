@@ -111,6 +111,19 @@ def test_the_cost_is_that_of_the_proxys_own_trials_that_ended(files, tmp_path):
     assert any(line.startswith("cost of tuning: 4e+03 FLOPs;") for line in lines)
 
 
+@pytest.mark.parametrize(("parent", "flagged"), [("", 1), ("parent: {recipe: recipe.yaml}\n", 0)])
+def test_a_proxy_with_a_parent_started_from_trained_weights_as_its_target_does(files, tmp_path, parent, flagged):
+    _, target = files
+    file = target.with_name("grown.yaml")
+    file.write_text(SWEEP.replace("OUT", str(tmp_path / "run")) + parent)
+    sweep = read_sweep(file)
+    study = Study(sweep)
+    study.finish(study.claim(), *outcome(1.0))
+    change = ["requires_pretrained=true", "init_from=somewhere"]
+    lines = carry(sweep, target, change, tmp_path / "made.yaml", None, [])
+    assert sum(line.startswith("flagged: init_from") for line in lines) == flagged
+
+
 @pytest.mark.parametrize(
     ("change", "told"),
     [
