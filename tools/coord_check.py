@@ -7,8 +7,8 @@ The base widths (the recipe's, or those of its mup.base) are multiplied by --wid
 what a wider attention has more of: size of each head, or heads (then key and value heads stay, and their projections
 go into a fixed width). The batch is drawn, the same for all steps and widths: random pictures and text through the
 whole model. A probe of muP passes when slope +- 2 standard errors lies within the limits, so noise speaks against it:
-take more --seeds for a smaller error. SP and faults must lie outside for certain, with 3 seeds. Writes coord_check.json
-and coord_check.png to --out. Exit code 0 when everything is as it must be, else 1.
+take more --seeds for a smaller error, or a wider base. SP and faults run with the same settings, and must lie outside
+for certain. Writes coord_check.json and coord_check.png to --out. Exit code 0 when everything is as it must be, else 1.
 """
 
 import argparse
@@ -29,7 +29,7 @@ from torch import Tensor
 from mmtrain.config.errors import ConfigError, UserError
 from mmtrain.config.load import load
 from mmtrain.config.schema import PARTS, Recipe
-from mmtrain.mup.coord import LOGITS, MIN_SEEDS, Verdict, judge, lacking
+from mmtrain.mup.coord import LOGITS, Verdict, judge, lacking
 from mmtrain.mup.scales import base_model_config
 from tools.coord_model import FAULTS, Change, Grow, Setup, mup, plain_attention, standard, train
 
@@ -78,9 +78,8 @@ def check(
     faults: Sequence[Change],
     told: Callable[[str], None] = lambda _: None,
 ) -> tuple[list[Finding], list[str]]:
-    """Findings for muP, SP and each fault, and why the check fails; nothing when it passes.
+    """Findings for muP, SP and each fault, all with the same settings, and why the check fails; nothing when it passes.
 
-    SP and faults take no more than the least number of seeds: what is wrong for certain needs no small error to show.
     The fault of the attention's scale can show only where heads grow in size.
     """
     base = base_model_config(recipe.model, recipe.mup.base)
@@ -91,7 +90,7 @@ def check(
     planted = {"SP": standard, **{fault.__name__: fault for fault in faults}}
     found = [examine("muP", setups, seeds, steps, told)]
     for name, change in planted.items():
-        found.append(examine(name, [change(made) for made in setups], min(seeds, MIN_SEEDS), steps, told))
+        found.append(examine(name, [change(made) for made in setups], seeds, steps, told))
     problems = lacking([made.recipe.model.decoder.hidden_size for made in setups], seeds, steps, counts)
     problems += [f"muP: {problem}" for problem in found[0].problems()]
     if not any(verdict.outside for verdict in found[1].verdicts):
