@@ -162,6 +162,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args.out.mkdir(parents=True, exist_ok=True)
     ended = [trial for trial in trials if trial.state in ("done", "diverged")]
     said = {"command": f"python launch/sweep.py {args.sweep}", "trials": len(ended), "recipe": str(sweep.recipe)}
+    data = sweep.recipe_of(ended[0].params, sweep.out).data
+    said |= {"packs_a_step": data.global_batch, "positions_a_pack": data.sequence_length}
     said |= {"steps": sorted({trial.facts["steps"] for trial in ended})}
     said |= {"tokens_a_trial": sorted({round(trial.facts["tokens"]) for trial in ended})}
     said |= {"parameters": {trial.facts["width"]: trial.facts["parameters"] for trial in ended}}
