@@ -1,0 +1,125 @@
+"""A transfer from end to end, on a study and a target of a few thousand weights."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from mmtrain.config.errors import ConfigError
+from mmtrain.config.load import dump, load
+from mmtrain.config.schema import Mup
+from mmtrain.run.retain import committed
+from tests.data.inputs import tokenizer, write_lines
+from tests.sweep import tasks
+from tests.train import jobs, tiny
+from tests.train.tasks import trained
+from tools.bench.transfer import Questions, Run, measure, recipe_of, runs, summary
+
+SWEEP = """
+name: tiny
+recipe: dense.yaml
+out: OUT
+sampler: grid
+search:
+  optim.lr: {choices: [0.001, 0.002]}
+  mup.lr.vision: {choices: [0.5]}
+"""
+WIDE = """
+base: dense.yaml
+model:
+  decoder: {hidden_size: 64, num_heads: 8, num_kv_heads: 4, intermediate_size: 96}
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Shards, a proxy with its sweep, a target of twice its width, questions."""
+    folder = tmp_path_factory.mktemp("transfer")
+    tiny.write_shards(folder / "shards", tokenizer())
+    dense = tiny.recipe(folder / "shards", folder / "unused", tokenizer(), mup=Mup())
+    (folder / "dense.yaml").write_text(dump(tiny.measured(dense, every=4)))
+    (folder / "wide.yaml").write_text(WIDE)
+    (folder / "sweep.yaml").write_text(SWEEP.replace("OUT", str(folder / "study")))
+    lines = [{"question_id": n, "image": f"{n}.png", "question": "No?", "answers": ["yes"]} for n in range(3)]
+    write_lines(folder / "questions.jsonl", lines)
+    return folder
+
+
+def whole(folder: Path) -> dict:
+    """Parent, proxy's study, target; a rate that diverges in the scan."""
+    parent = load(folder / "wide.yaml", [f"out={folder / 'parent'}"])
+    if not committed(Path(parent.out)):
+        assert tasks.worked(folder / "sweep.yaml") == 0 and trained(parent) == 0
+    asked = Questions(folder / "questions.jsonl", folder / "shards" / "raw", 3)
+    parents = {"mup": parent.out, "sp": parent.out}
+    return measure(folder / "sweep.yaml", folder / "wide.yaml", None, folder / "out", parents, asked, [0], [1.0, 1e33])
+
+
+@pytest.mark.timeout(400)
+def test_every_run_is_trained_once_and_asked(folder, tmp_path):
+    first = jobs.run(tmp_path / "a", whole, folder)
+    assert first.code == 0, first.log
+    found = first.value
+    by_name = {(row["arm"], row["factor"]): row for row in found["runs"]}
+    assert list(by_name) == [("mup", 1.0), ("sp", 1.0), ("mup", 1e33)]
+    carried, plain, absurd = by_name.values()
+    assert absurd["ending"] == "diverged" and "loss" not in absurd
+    assert carried["steps"] == plain["steps"] == 4 and carried["loss"] != plain["loss"]
+    assert 0.0 <= carried["accuracy"] <= 1.0 and not committed(folder / "out" / "mup_x1_seed0")
+    assert found["tuning_trials"] == 2 and found["tuning_over_target"] == found["tuning_flops"] / found["target_flops"]
+    trained_at = [path.stat().st_mtime_ns for path in sorted((folder / "out").rglob("metrics.jsonl"))]
+    again = jobs.run(tmp_path / "b", whole, folder)
+    assert again.value == found and len(trained_at) == 3
+    assert [path.stat().st_mtime_ns for path in sorted((folder / "out").rglob("metrics.jsonl"))] == trained_at
+
+
+def test_muP_runs_have_the_proxys_base_and_SP_runs_none(folder, tmp_path):
+    values = {"optim.lr": 0.002, "mup.lr.vision": 0.5}
+    carried = tmp_path / "transferred.yaml"
+    carried.write_text(
+        f"base: {folder / 'wide.yaml'}\noptim: {{lr: 0.002}}\nmup: {{base: {{decoder: {{hidden_size: 32}}}}}}\n"
+    )
+    parents = {"mup": "a", "sp": "b"}
+    wide = recipe_of(Run("mup", 4.0, 7), folder / "wide.yaml", tmp_path, values, parents)
+    assert (wide.optim.lr, wide.seed, wide.init_from) == (0.008, 7, "a") and wide.mup.base["decoder"]
+    plain = recipe_of(Run("sp", 1.0, 7), folder / "wide.yaml", tmp_path, values, parents)
+    assert (plain.optim.lr, plain.mup.lr, plain.init_from) == (0.002, {"vision": 0.5}, "b") and not plain.mup.base
+    assert wide.out != plain.out
+
+
+def test_a_target_with_a_base_is_no_SP(folder, tmp_path):
+    (tmp_path / "target.yaml").write_text(
+        f"base: {folder / 'wide.yaml'}\nmup: {{base: {{decoder: {{hidden_size: 32}}}}}}\n"
+    )
+    asked = Questions(tmp_path, tmp_path, 1)
+    with pytest.raises(ConfigError, match=r"target.yaml names mup.base, so as it stands it is no SP"):
+        measure(folder / "sweep.yaml", tmp_path / "target.yaml", None, tmp_path, {}, asked, [0], [1.0])
+
+
+def test_the_comparison_comes_before_the_scan():
+    names = [one.name() for one in runs([0, 1], [0.5, 1.0])]
+    assert names == ["mup_x1_seed0", "mup_x1_seed1", "sp_x1_seed0", "sp_x1_seed1", "mup_x0.5_seed0", "mup_x0.5_seed1"]
+
+
+def row(arm: str, factor: float, loss: float | None, accuracy: float = 0.5) -> dict:
+    found = {"loss": loss, "accuracy": accuracy, "ending": "done"} if loss is not None else {"ending": "diverged"}
+    return {"arm": arm, "factor": factor, **found}
+
+
+def test_the_three_are_compared_by_their_means_over_seeds():
+    rows = [row("mup", 1.0, 1.0, 0.4), row("mup", 1.0, 2.0, 0.6), row("sp", 1.0, 4.0), row("sp", 1.0, None)]
+    rows += [
+        row("mup", 0.5, 1.2),
+        row("mup", 0.5, 1.4),
+        row("mup", 0.25, 3.0),
+        row("mup", 2.0, 0.1),
+        row("mup", 2.0, None),
+    ]
+    found = summary(rows)
+    assert found["transferred"]["loss"] == {"mean": 1.5, "lowest": 1.0, "highest": 2.0}
+    assert found["transferred"]["accuracy"]["mean"] == 0.5
+    assert found["own_best"]["factor"] == 0.5 and found["own_best"]["interior"] is True
+    assert found["loss_above_own_best"] == pytest.approx(0.2)
+    assert found["sp"]["diverged"] == 1 and found["sp"]["loss"]["mean"] == 4.0
+    assert summary([row("mup", 1.0, 1.0), row("sp", 1.0, None)])["sp"]["loss"] is None
+    assert json.dumps(found)
