@@ -142,6 +142,9 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         picture = image.convert("RGBA")
         white = Image.new("RGBA", picture.size, (255, 255, 255, 255))
         return Image.alpha_composite(white, picture).convert("RGB")
+    if image.mode == "RGB":  # convert() would copy it
+        image.load()
+        return image
     return image.convert("RGB")
 
 

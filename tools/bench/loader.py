@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -192,28 +193,42 @@ def bench_images(seconds: float, rounds: int) -> Iterator[dict[str, object]]:
 
 
 def bench_memory() -> Iterator[dict[str, object]]:
-    """Highest resident memory of the loading process and of all its workers."""
+    """Highest resident memory of the loading process, beyond what it held before, and of all its workers.
+
+    `shared_mib` is the memory of packs on their way, once: it counts in all workers that wrote into it.
+    """
     files = [picture(KINDS[0], number) for number in range(PICTURES)]
     with tempfile.TemporaryDirectory() as name:
         tokenizer = shards_of(Path(name), files)
-        before = peak(os.getpid())
         for workers in (1, 4):
+            Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
+            before = peak(os.getpid())
             with Loader(recipe_of(Path(name), 336, workers, batch=8), tokenizer, 0, 1) as loader:
                 for _ in zip(range(12), loader, strict=False):
                     pass
-                each = [peak(pid) for pid in loader.worker_pids()]
-            yield {
-                "workers": workers,
-                "before_mib": round(before),
-                "trainer_mib": round(peak(os.getpid())),
-                "workers_mib": [round(value) for value in each],
-            }
+                pids = loader.worker_pids()
+                yield {
+                    "workers": workers,
+                    "trainer_mib": round(peak(os.getpid()) - before),
+                    "workers_mib": [round(peak(pid)) for pid in pids],
+                    "shared_mib": round(shared() / 2**20),
+                }
 
 
 def peak(pid: int) -> float:
     """MiB that a process has held at most."""
     lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1024
+
+
+def shared() -> int:
+    """Bytes that this process's nameless memory takes."""
+    sizes = {}
+    for file in Path("/proc/self/fd").iterdir():
+        with suppress(FileNotFoundError):  # the descriptor of this very list
+            if file.readlink().name.startswith("memfd:"):
+                sizes[file.stat().st_ino] = 512 * file.stat().st_blocks
+    return sum(sizes.values())
 
 
 def main() -> None:
