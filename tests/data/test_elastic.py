@@ -1,7 +1,7 @@
 """The promise of the stream: one sequence of global batches, whatever the ranks, lanes, micro-batches and restarts."""
 
 import json
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -10,36 +10,69 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mmtrain.config.load import load
-from mmtrain.config.schema import CURSOR_BYTES, Data
+from mmtrain.config.schema import CURSOR_BYTES, Data, Source
 from mmtrain.data.image import Canvas
 from mmtrain.data.ordering import Sizer
 from mmtrain.data.plan import Planner
+from tests.data.inputs import write_tar
 from tests.data.plans import IMAGE, SIZER, names, read, source, text
-from tests.data.streams import make, packs, steps
+from tests.data.streams import caption, index, make, packs, plain, steps
 
 ROOT = Path(__file__).parents[2]
 STEPS = 5
 LAYOUTS = st.sampled_from([(lanes, size) for lanes in (1, 2, 4, 8) for size in (1, 2, 4, 8) if lanes % size == 0])
 
 
-@settings(
-    max_examples=12, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
+@dataclass(frozen=True)
+class Drawn:
+    """A source of real shards."""
+
+    images: bool
+    samples: int
+    per_shard: int
+    weight: float
+
+
+SOURCES = st.lists(
+    st.builds(Drawn, st.booleans(), st.integers(1, 40), st.integers(1, 13), st.floats(0.1, 1.0)), min_size=1, max_size=3
 )
-@given(st.lists(st.tuples(LAYOUTS, st.integers(1, 2), st.sampled_from([1, 2, 4])), max_size=4), st.floats(0.1, 0.9))
-def test_restarts_with_other_ranks_lanes_and_micro_batches(folder: Path, parts: list, weight: float) -> None:
+PARTS = st.tuples(LAYOUTS, st.integers(1, 2), st.sampled_from([1, 2, 4]), st.sampled_from([0, 0, 1, 2]))
+"""Lanes and ranks, steps, micro-batch, workers of a part of a run."""
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("drawn")
+
+
+def written(root: Path, drawn: list[Drawn]) -> dict[str, Source]:
+    """The sources, their shards on disk; made once each."""
+    found = {}
+    for number, made in enumerate(drawn):
+        place = root / f"{made.images}-{made.samples}-{made.per_shard}"
+        if not place.exists():
+            sample = caption if made.images else plain
+            write_tar(place, [sample(row) for row in range(made.samples)], made.per_shard)
+            index(place)
+        found[f"source{number}"] = Source(str(place), made.weight)
+    return found
+
+
+@settings(
+    max_examples=15, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
+)
+@given(SOURCES, st.lists(PARTS, max_size=4))
+def test_restarts_with_other_ranks_lanes_micro_batches_and_workers(root: Path, drawn: list, parts: list) -> None:
     """Each part of the run has its own layout and goes on from the cursor of the part before."""
-    first = make(folder)
-    sources = {
-        name: replace(s, weight=weight if name == "captions" else s.weight) for name, s in first.data.sources.items()
-    }
-    expected = [(packs(step), step.cursor) for step in steps(make(folder, sources=sources))]
+    sources = written(root, drawn)
+    expected = [(packs(step), step.cursor) for step in steps(make(root, sources=sources))]
     cursor, done = None, 0
-    for (lanes, size), count, micro in [*parts, ((8, 1), STEPS, 1)]:
+    for (lanes, size), count, micro, workers in [*parts, ((8, 1), STEPS, 1, 0)]:
         if done == STEPS:
             break
         until = min(done + count, STEPS)
-        micro = min(micro, 8 // size)
-        made = make(folder, {"steps": until}, sources=sources, lanes=lanes, micro_batch=micro)
+        layout = {"lanes": lanes, "micro_batch": min(micro, 8 // size), "workers": workers if size == 1 else 0}
+        made = make(root, {"steps": until}, sources=sources, **layout)
         ranks = [steps(made, rank, size, cursor=cursor) for rank in range(size)]
         assert {len(rank) for rank in ranks} == {until - done}
         for at, (whole, state) in enumerate(expected[done:until]):
