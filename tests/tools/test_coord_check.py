@@ -99,6 +99,15 @@ def test_the_command_writes_slopes_and_a_plot_and_fails_on_what_proves_nothing(t
     assert (tmp_path / "out" / "coord_check.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_SP_and_faults_run_with_the_settings_of_muP(tmp_path):
+    file = tmp_path / "recipe.yaml"
+    file.write_text(RECIPE_FILE)
+    main([str(file), "--widths", "1", "2", "--seeds", "4", "--steps", "1", "--faults", "--out", str(tmp_path)])
+    findings = json.loads((tmp_path / "coord_check.json").read_text())["findings"]
+    counts = {name: found["probes"]["block decoder.blocks.0"]["fit"]["count"] for name, found in findings.items()}
+    assert counts == dict.fromkeys(["muP", "SP", *(fault.__name__ for fault in FAULTS)], 2 * 4)
+
+
 def test_a_width_of_nothing_is_refused(tmp_path, capsys):
     file = tmp_path / "recipe.yaml"
     file.write_text(RECIPE_FILE)
