@@ -47,11 +47,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def whole(folder: Path) -> dict:
     """Parent, proxy's study, target; a rate that diverges in the scan."""
-    parent = load(folder / "wide.yaml", [f"out={folder / 'parent'}"])
-    if not committed(Path(parent.out)):
-        assert tasks.worked(folder / "sweep.yaml") == 0 and trained(parent) == 0
-    asked = Questions(folder / "questions.jsonl", folder / "shards" / "raw", 3)
-    parents = {"mup": parent.out, "sp": parent.out}
+    plain = load(folder / "wide.yaml", [f"out={folder / 'parent_sp'}"])
+    scaled = load(folder / "wide.yaml", [f"out={folder / 'parent_mup'}", "mup.base={decoder: {hidden_size: 32}}"])
+    if not committed(Path(scaled.out)):
+        assert tasks.worked(folder / "sweep.yaml") == trained(plain) == trained(scaled) == 0
+    return measured(folder, {"mup": scaled.out, "sp": plain.out}, 3)
+
+
+def measured(folder: Path, parents: dict[str, str], limit: int) -> dict:
+    asked = Questions(folder / "questions.jsonl", folder / "shards" / "raw", limit)
     return measure(folder / "sweep.yaml", folder / "wide.yaml", None, folder / "out", parents, asked, [0], [1.0, 1e33])
 
 
@@ -71,6 +75,13 @@ def test_every_run_is_trained_once_and_asked(folder, tmp_path):
     again = jobs.run(tmp_path / "b", whole, folder)
     assert again.value == found and len(trained_at) == 3
     assert [path.stat().st_mtime_ns for path in sorted((folder / "out").rglob("metrics.jsonl"))] == trained_at
+    parents = {"mup": str(folder / "parent_mup"), "sp": str(folder / "parent_sp")}
+    with pytest.raises(ConfigError, match=r"mup_x1_seed0 was made with another limit; remove it, or give a new --out"):
+        measured(folder, parents, 2)
+    with pytest.raises(ConfigError, match=r"--mup-parent .*parent_sp was trained without mup.base, in SP; give a"):
+        measured(folder, {**parents, "mup": parents["sp"]}, 3)
+    with pytest.raises(ConfigError, match=r"--sp-parent .*parent_mup was trained with mup.base, so it is no SP; give"):
+        measured(folder, {**parents, "sp": parents["mup"]}, 3)
 
 
 def test_muP_runs_have_the_proxys_base_and_SP_runs_none(folder, tmp_path):
@@ -120,6 +131,10 @@ def test_the_three_are_compared_by_their_means_over_seeds():
     assert found["transferred"]["accuracy"]["mean"] == 0.5
     assert found["own_best"]["factor"] == 0.5 and found["own_best"]["interior"] is True
     assert found["loss_above_own_best"] == pytest.approx(0.2)
-    assert found["sp"]["diverged"] == 1 and found["sp"]["loss"]["mean"] == 4.0
+    assert found["sp"]["diverged"] == 1 and found["sp"]["loss"] == {"mean": None, "lowest": 4.0, "highest": 4.0}
     assert summary([row("mup", 1.0, 1.0), row("sp", 1.0, None)])["sp"]["loss"] is None
-    assert json.dumps(found)
+    nowhere = summary([row("mup", 1.0, None), row("mup", 2.0, None), row("sp", 1.0, 1.0)])
+    assert nowhere["own_best"] is nowhere["loss_above_own_best"] is None
+    beyond = summary([row("mup", 1.0, None), row("mup", 0.5, 2.0), row("sp", 1.0, 1.0)])
+    assert beyond["own_best"]["factor"] == 0.5 and beyond["loss_above_own_best"] is None
+    assert json.dumps([found, nowhere, beyond], allow_nan=False)

@@ -6,7 +6,8 @@
 Carries the best point of SWEEP's finished study to TARGET as tools.transfer does. Trains the target with these values,
 with its rate times each of --factors, and with the same values in SP (TARGET as it stands, which names no mup.base),
 each from the parent of its own parametrisation. A run is measured by its held-out loss and its answers to questions.
-A run that has ended lies in DIR and is not trained again: the same command goes on. Prints one JSON line.
+A run that has ended lies in DIR and is not trained again: the same command goes on. Prints one JSON line; a mean over
+seeds is null where one of them diverged, and the cost of tuning is that of the study's trials, without parents.
 """
 
 import argparse
@@ -92,6 +93,8 @@ def measure(
 
     if load(target).mup.base:
         raise ConfigError(f"{target} names mup.base, so as it stands it is no SP: take the base out of it")
+    for arm, parent in parents.items():
+        check_parent(arm, parent)
     sweep = read_sweep(sweep_file)
     lines = carry(sweep, target, [f"init_from={parents['mup']}"], out / RECIPE, variant, [])
     origin = json.loads((out / RECIPE).with_suffix(".transfer.json").read_text())
@@ -110,6 +113,20 @@ def measure(
         "found": summary(rows),
         "runs": rows,
     }
+
+
+def check_parent(arm: str, parent: str) -> None:
+    """ConfigError unless the checkpoint was trained in the parametrisation of its arm."""
+    from omegaconf import OmegaConf
+
+    from mmtrain.config.errors import ConfigError
+    from mmtrain.run.reader import open_weights
+    from mmtrain.run.saver import RECIPE as RECIPE_FILE
+
+    base = OmegaConf.create(open_weights(Path(parent)).file(RECIPE_FILE).decode()).mup.base
+    if bool(base) != (arm != SP):
+        said = "with mup.base, so it is no SP" if base else "without mup.base, in SP"
+        raise ConfigError(f"--{arm}-parent {parent} was trained {said}; give a parent of the arm's own parametrisation")
 
 
 def runs(seeds: Sequence[int], factors: Sequence[float]) -> list[Run]:
@@ -134,11 +151,16 @@ def recipe_of(one: Run, target: Path, out: Path, values: dict[str, Any], parents
 
 
 def ended(recipe: "Recipe", asked: Questions) -> dict[str, Any]:
-    """Loss and accuracy of a run, trained now if it is not there. ConfigError: it was stopped before its end."""
+    """Loss and accuracy of a run, trained now if it is not there.
+
+    ConfigError: it was stopped before its end, or what is there was made with other values or questions.
+    """
     from mmtrain.config.errors import ConfigError
+    from mmtrain.config.load import dump
     from mmtrain.sweep.trial import discard_weights, run_trial
 
     out = Path(recipe.out)
+    made = {"recipe": dump(recipe), "questions": str(asked.file), "limit": asked.limit}
     if not (out / MEASURED).exists():
         outcome = run_trial(recipe, "all", lambda _: False)
         if outcome.ending == "interrupted":
@@ -146,9 +168,12 @@ def ended(recipe: "Recipe", asked: Questions) -> dict[str, Any]:
         found = {"lr": recipe.optim.lr, "ending": outcome.ending, "steps": outcome.steps}
         if outcome.ending == "done":
             found |= {"loss": outcome.loss, **answers(out, asked)}
-        (out / MEASURED).write_text(json.dumps(found) + "\n")
+        (out / MEASURED).write_text(json.dumps({"made": made, "found": found}) + "\n")
         discard_weights(out)
-    return json.loads((out / MEASURED).read_text())
+    kept = json.loads((out / MEASURED).read_text())
+    if differing := [key for key, value in made.items() if kept["made"][key] != value]:
+        raise ConfigError(f"{out} was made with another {' and '.join(differing)}; remove it, or give a new --out")
+    return kept["found"]
 
 
 def answers(checkpoint: Path, asked: Questions) -> dict[str, float]:
@@ -189,24 +214,29 @@ def summary(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
             scan.setdefault(row["factor"], []).append(row)
     losses = {factor: fmean(row.get("loss", math.inf) for row in at) for factor, at in scan.items()}
     best = min(losses, key=lambda factor: losses[factor])
+    above = losses[1.0] - losses[best] if math.isfinite(losses[1.0]) else None
     return {
         "transferred": _over_seeds(scan[1.0]),
         "own_best": {
             "factor": best,
             "interior": min(losses) < best < max(losses),
             **_over_seeds(scan[best]),
-        },
+        }
+        if math.isfinite(losses[best])
+        else None,
         "sp": _over_seeds([row for row in rows if row["arm"] == SP]),
-        "loss_above_own_best": losses[1.0] - losses[best],
+        "loss_above_own_best": above,
     }
 
 
 def _over_seeds(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Loss and accuracy of one setting; a run that diverged has neither."""
-    found: dict[str, Any] = {"diverged": sum(row["ending"] != "done" for row in rows)}
+    """Loss and accuracy of one setting: no mean where a seed diverged, which would flatter it."""
+    diverged = sum(row["ending"] != "done" for row in rows)
+    found: dict[str, Any] = {"diverged": diverged}
     for key in ("loss", "accuracy"):
         values = [row[key] for row in rows if key in row]
-        found[key] = {"mean": fmean(values), "lowest": min(values), "highest": max(values)} if values else None
+        spread = {"lowest": min(values), "highest": max(values)} if values else None
+        found[key] = spread and {"mean": None if diverged else fmean(values), **spread}
     return found
 
 
