@@ -8,7 +8,6 @@ import threading
 from collections.abc import Sequence
 from itertools import accumulate
 
-from mmtrain.config.errors import DataError
 from mmtrain.data.cache import ShardCache
 from mmtrain.data.index import Shard
 from mmtrain.data.shards import is_remote
@@ -63,7 +62,7 @@ class Fetcher:
         """One try; who needs the shard will try again, and say what is wrong."""
         try:
             self._cache.ahead(shard.path, shard.header.shard_bytes, lambda: not self._ended.is_set())
-        except (DataError, OSError):
+        except Exception:  # each way to a shard has errors of its own
             self._failed.add(shard.path)
 
     def close(self) -> None:

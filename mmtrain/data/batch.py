@@ -66,7 +66,7 @@ def batch_documents(documents: Sequence[Document], recipe: Recipe, tokenizer: To
     for document in documents:
         most = (1 + canvas.sub_images) * sum(isinstance(part, ImagePart) for part in document.parts)
         rooms.append(np.empty((most, CHANNELS, canvas.height, canvas.width), np.uint8))
-        laid.append(lay_out(document, None, Shape(canvas, per_image, 0), tokenizer.image_id, rooms[-1]))
+        laid.append(lay_out(document, None, Shape(canvas, per_image, 0), rooms[-1]))
     shape = Shape(canvas, per_image, max(row.length for row in laid))
     packs = []
     for document, room, row in zip(documents, rooms, laid, strict=True):

@@ -74,6 +74,7 @@ class ShardCache:
                 if not self._used(copy, size):
                     self._make_room(size, copy)
                     self._download(address, copy, size, going)
+                    self._make_room(0, copy)  # others may have made room for theirs while this one was short
         except BlockingIOError:
             return
 

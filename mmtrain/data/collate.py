@@ -122,7 +122,7 @@ class PackArrays:
         return replace(self, starts=self.starts[:panels], panels=self.panels[:panels], keys=keys)
 
 
-def lay_out(document: Document, cut: Cut | None, shape: Shape, image_id: int, room: np.ndarray) -> Laid:
+def lay_out(document: Document, cut: Cut | None, shape: Shape, room: np.ndarray) -> Laid:
     """A document's stretch as tokens, its pixels in the first places of `room` [n, 3, H, W].
 
     BadSample if one of its images cannot be decoded. Pixels that find no room are lost, but have their tokens.

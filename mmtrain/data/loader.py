@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -85,6 +86,7 @@ class Loader:
         )
         self._reader = Reader(self._spec, tokenizer)
         self._fetcher = Fetcher(self._spec.open_cache(), self._spec.cache_bytes)
+        self._needed: deque[Sequence[Shard]] = deque(maxlen=2 + STEPS_AHEAD)
         workers = recipe.data.workers
         self._pool = WorkerPool(self._spec, workers, recipe.data.max_images) if workers else None
 
@@ -145,7 +147,10 @@ class Loader:
                 "or raise data.sources.NAME.max_epochs"
             )
         plan: Plan = self._planner.next_step()
-        self._fetcher.want(*self._planner.shards())
+        if self._finite is None:  # an evaluation reads little of what follows, and would take its room from training
+            now, following = self._planner.shards()
+            self._needed.append(now)  # packs of the last steps may not be decoded yet
+            self._fetcher.want(list(chain(*self._needed)), following)
         lanes = self._recipe.data.num_lanes()
         packs = [pack for number, pack in enumerate(plan.packs) if number % lanes % self._size == self._rank]
         answers = [self._pool.submit(pack) for pack in packs] if self._pool else []

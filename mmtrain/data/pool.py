@@ -21,13 +21,21 @@ from mmtrain.data.collate import PackArrays
 from mmtrain.data.ordering import Planned
 from mmtrain.data.reader import ReaderSpec, ReadPack, panels_of
 from mmtrain.data.slots import SharedMemory
-from mmtrain.data.wire import Channel
+from mmtrain.data.wire import Channel, line_of
 
 ROOT = Path(__file__).resolve().parents[2]
 """Folder that holds the package."""
 
 IN_FLIGHT = 2
 """Packs that a worker has at most: while one answer is on its way, it decodes the next."""
+
+AHEAD_BYTES = 32 << 10
+"""A second pack whose message is longer waits for the first's answer: it might not fit into the socket while the worker
+fills the other direction, and both would wait for ever."""
+
+
+DEATH_SECONDS = 5.0
+"""How long the exit code of a worker that has closed its socket is waited for."""
 
 
 class _Job(NamedTuple):
@@ -70,7 +78,7 @@ class WorkerPool:
             thread.start()
 
     def submit(self, pack: Sequence[Planned]) -> Future[ReadPack]:
-        """Decode a pack in the next process that has time; DataError if the index is wrong, or the process dies."""
+        """Decode a pack in a process that has room for it; DataError if the index is wrong, or the process dies."""
         answer: Future[ReadPack] = Future()
         self._jobs.put(_Job(pack, answer))
         return answer
@@ -90,18 +98,32 @@ class WorkerPool:
                     pass
                 else:
                     if job is None:
+                        while asked:
+                            self._pass_on(worker, asked.popleft())
                         return
-                    asked.append(self._ask(worker, *job))
+                    try:
+                        self._ask(worker, asked, *job)
+                    except Exception as error:  # whatever it is: nobody may wait for ever
+                        job.answer.set_exception(error)
                     del job  # or its pack would live until the next one comes
                     continue
             self._pass_on(worker, asked.popleft())
 
-    def _ask(self, worker: _Worker, pack: Sequence[Planned], answer: Future[ReadPack]) -> _Asked:
+    def _ask(self, worker: _Worker, asked: deque[_Asked], pack: Sequence[Planned], answer: Future[ReadPack]) -> None:
         """Send a pack to a worker."""
-        slot, memory = self._memory.take()
+        try:
+            slot, memory = self._memory.take()
+        except OSError as error:
+            raise DataError(
+                f"no memory for another pack of {self._memory.slot_bytes} bytes that workers decode into ({error}); "
+                "lower data.workers or data.max_images"
+            ) from None
+        line = line_of([slot, pack])
+        while asked and len(line) > AHEAD_BYTES:
+            self._pass_on(worker, asked.popleft())
         with suppress(OSError):  # it is dead, as waiting for its answer will show
-            worker.channel.send([slot, pack])
-        return _Asked(pack, answer, memory)
+            worker.channel.send_line(line)
+        asked.append(_Asked(pack, answer, memory))
 
     def _pass_on(self, worker: _Worker, asked: _Asked) -> None:
         """Give the worker's next answer to who waits for it."""
@@ -115,6 +137,8 @@ class WorkerPool:
         try:
             found = worker.channel.receive()
         except (EOFError, OSError):
+            with suppress(subprocess.TimeoutExpired):  # its socket closes a little before its end
+                worker.process.wait(DEATH_SECONDS)
             samples = ", ".join(f"{planned.index} sample {planned.row}" for planned in pack[:4])
             raise DataError(
                 f"a decoding process (pid {worker.process.pid}) died with exit code {worker.process.poll()} on a pack "
@@ -128,16 +152,18 @@ class WorkerPool:
         return ReadPack(arrays.holding(found["images"], found["keys"]), found["ledger"])
 
     def close(self) -> None:
-        """End the processes, which hold nothing that could be lost."""
-        for worker in self._all:
+        """End the processes, which hold nothing that could be lost. Once more does nothing."""
+        workers, self._all = self._all, []
+        for worker in workers:
             worker.process.kill()
             self._jobs.put(None)
         for thread in self._threads:
             thread.join()
-        for worker in self._all:
+        for worker in workers:
             worker.process.wait()
             worker.channel.close()
-        self._memory.close()
+        if workers:
+            self._memory.close()
 
 
 def _start(spec: ReaderSpec, memory: SharedMemory) -> _Worker:

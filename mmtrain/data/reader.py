@@ -102,7 +102,7 @@ class Reader:
             try:
                 if isinstance(document, BadSample):
                     raise document
-                laid = lay_out(document, planned.cut, shape, image_id, arrays.panels[used:])
+                laid = lay_out(document, planned.cut, shape, arrays.panels[used:])
             except BadSample as error:
                 source = self._spec.sources[planned.source]
                 where = {"source": source, "shard": index.path, "key": entry.key}

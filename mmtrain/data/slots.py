@@ -12,7 +12,7 @@ import numpy as np
 
 
 class SharedMemory:
-    """Slots of equal size, as many as were ever in use at once.
+    """Slots of equal size: four, and twice as many as before whenever all are in use.
 
     A page is real from its first use on, and then stays: fresh pages cost more time than decoding into them leaves.
     """
@@ -28,13 +28,16 @@ class SharedMemory:
         self._lock = threading.Lock()
 
     def take(self) -> tuple[int, np.ndarray]:
-        """Number and memory (uint8) of a slot, free again when no array or tensor refers to that memory any more."""
+        """Number and memory (uint8) of a slot, free again when no array or tensor refers to that memory any more.
+
+        OSError: the machine has no room for more slots.
+        """
         with self._lock:
             if not self._free:
                 added = range(self._slots, max(4, 2 * self._slots))
+                os.ftruncate(self.descriptor, added.stop * self.slot_bytes)
+                self._map = mmap.mmap(self.descriptor, added.stop * self.slot_bytes)
                 self._slots = added.stop
-                os.ftruncate(self.descriptor, self._slots * self.slot_bytes)
-                self._map = mmap.mmap(self.descriptor, self._slots * self.slot_bytes)
                 self._free.extend(reversed(added))  # the list stays: finalizers hold it
             slot = self._free.pop()
         memory = np.frombuffer(self._map, np.uint8, self.slot_bytes, slot * self.slot_bytes)

@@ -22,6 +22,11 @@ from mmtrain.data.reader import ReaderSpec
 _encode = json.JSONEncoder(separators=(",", ":")).encode
 
 
+def line_of(message: Any) -> bytes:
+    """A message, which JSON can hold, as it travels."""
+    return _encode(message).encode() + b"\n"
+
+
 class Channel:
     """One end of a socket between two processes."""
 
@@ -32,7 +37,11 @@ class Channel:
 
     def send(self, message: Any) -> None:
         """Send what JSON can hold; OSError if the other side is gone."""
-        self._end.sendall(_encode(message).encode() + b"\n")
+        self.send_line(line_of(message))
+
+    def send_line(self, line: bytes) -> None:
+        """Send what line_of made."""
+        self._end.sendall(line)
 
     def receive(self) -> Any:
         """What the other side sends next; EOFError or OSError if it is gone."""

@@ -1,9 +1,11 @@
 """Who am I among the processes? Read from the launcher's environment variables, without starting anything."""
 
 import os
+import random
 import re
 import socket
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 
 from mmtrain.config.errors import ConfigError
@@ -92,11 +94,17 @@ def first_host(nodelist: str) -> str:
     return prefix + (first or "") + (suffix or "")
 
 
+FREE_PORTS = range(SLURM_PORTS.stop, 32768)  # below Linux's ephemeral range too
+
+
 def free_port() -> int:
-    """A port on this machine that nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """A port on this machine that nobody listens on now; drawn, so that two who ask at once get different ones."""
+    draw = random.SystemRandom()
+    while True:
+        port = draw.choice(FREE_PORTS)
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 def port_in_use(place: Place) -> ConfigError:

@@ -127,6 +127,46 @@ def test_two_fetchers_share_the_work(tmp_path: Path, fetched: list) -> None:
     assert sorted(address for _, address in fetched) == sorted(shard.path for shard in wanted)
 
 
+def test_many_fetchers_together_keep_the_bound(tmp_path: Path, fetched: list) -> None:
+    wanted = shards(tmp_path, "abcdef")
+    made = ShardCache(tmp_path / "copies", 2500)
+    together = threading.Barrier(len(wanted))
+
+    def fetch(shard: Shard) -> None:
+        together.wait()
+        made.ahead(shard.path, 1000, lambda: True)
+
+    threads = [threading.Thread(target=fetch, args=(shard,)) for shard in wanted]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(fetched) == 6 and 1 <= len(held(tmp_path / "copies")) <= 2
+
+
+def test_an_evaluation_fetches_nothing_ahead(folder: Path, remote: tuple[Path, str], fetched: list) -> None:
+    where, _ = remote
+    made = make(where, cache=str(where / "copies"), open_shards=1)
+    with Loader(made, tokenizer(), 0, 1, finite_batches=2) as loader:
+        assert len(list(loader)) == 2
+    assert fetched and {thread for thread, _ in fetched} == {"MainThread"}
+
+
+def test_an_error_of_any_kind_ends_no_reading_ahead(store: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, fetcher, folder = store
+    strange, good = shards(folder, "st")
+    opened = cache._open
+
+    def fail(address: str) -> object:
+        if address == strange.path:
+            raise RuntimeError("of a library")
+        return opened(address)
+
+    monkeypatch.setattr(cache, "_open", fail)
+    fetcher.want([strange], [good])
+    wait(lambda: held(folder / "copies") == [b"t"])
+
+
 def test_a_full_disk_ends_no_run_and_costs_no_copy(
     store: tuple, fetched: list, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -43,7 +43,7 @@ class Placed(NamedTuple):
 
 def placed(*parts: Text | ImagePart, key: str = "d", source: int = 0) -> Placed:
     pixels = room(*parts)
-    laid = lay_out(document(*parts), None, SHAPE, IMAGE_ID, pixels)
+    laid = lay_out(document(*parts), None, SHAPE, pixels)
     return Placed(Slot(key, source, laid.length, laid), pixels)
 
 
@@ -157,14 +157,12 @@ def test_a_document_without_targets_is_fine() -> None:
 def test_the_stretches_of_a_cut_document_lie_end_to_end() -> None:
     parts = (words(*range(10, 30)), image(50), words(*range(30, 80)), image(90), words(99))
     pixels = room(*parts)
-    whole = lay_out(document(*parts), None, SHAPE, IMAGE_ID, pixels)
+    whole = lay_out(document(*parts), None, SHAPE, pixels)
     sizes = [(M, 1) if isinstance(part, ImagePart) else (len(part.token_ids), 0) for part in parts]
     cuts = cut_document(sizes, 24, 1)
     assert len(cuts) > 3
     rooms = [room(*parts[cut.first : cut.last + 1]) for cut in cuts]
-    pieces: list[Laid] = [
-        lay_out(document(*parts), cut, SHAPE, IMAGE_ID, into) for cut, into in zip(cuts, rooms, strict=True)
-    ]
+    pieces: list[Laid] = [lay_out(document(*parts), cut, SHAPE, into) for cut, into in zip(cuts, rooms, strict=True)]
     assert [piece.length for piece in pieces] == [cut.tokens for cut in cuts]
     assert [len(piece.images) for piece in pieces] == [cut.panels for cut in cuts] == list(map(len, rooms))
     assert np.array_equal(np.concatenate(rooms), pixels)
@@ -176,7 +174,7 @@ def test_the_stretches_of_a_cut_document_lie_end_to_end() -> None:
 
 
 def test_a_stretch_inside_one_text() -> None:
-    laid = lay_out(document(words(*range(10, 30))), Cut(0, 3, 0, 7, 4, 0), SHAPE, IMAGE_ID, room())
+    laid = lay_out(document(words(*range(10, 30))), Cut(0, 3, 0, 7, 4, 0), SHAPE, room())
     ((start, ids, supervised),) = laid.texts
     assert (laid.length, start, ids.tolist(), supervised.all()) == (4, 0, [13, 14, 15, 16], True)
 

@@ -12,7 +12,7 @@ from mmtrain.config.errors import DataError
 from mmtrain.data import pool
 from mmtrain.data.loader import Loader
 from tests.data.inputs import tokenizer
-from tests.data.streams import make
+from tests.data.streams import make, packs, steps
 
 
 @pytest.fixture
@@ -35,8 +35,31 @@ def test_a_dead_worker_is_an_error_that_says_so(busy: Loader) -> None:
     next(stream)
     for process in busy.worker_pids():
         os.kill(process, signal.SIGKILL)
-    with pytest.raises(DataError, match=r"a decoding process \(pid \d+\) died"):
+    with pytest.raises(DataError, match=r"a decoding process \(pid \d+\) died with exit code -9 on a pack"):
         list(stream)
+
+
+def test_a_pack_whose_message_is_long_waits_for_the_one_before(folder: Path, monkeypatch) -> None:
+    whole = [packs(step) for step in steps(make(folder, workers=1))]
+    monkeypatch.setattr(pool, "AHEAD_BYTES", 0)
+    assert [packs(step) for step in steps(make(folder, workers=1))] == whole
+
+
+def test_no_memory_for_a_pack_is_an_error_that_says_so(folder: Path, monkeypatch) -> None:
+    def full(_: object) -> None:
+        raise OSError("Cannot allocate memory")
+
+    monkeypatch.setattr(pool.SharedMemory, "take", full)
+    with pytest.raises(DataError, match=r"no memory for another pack of \d+ bytes .*lower data.workers or data.max_im"):
+        steps(make(folder, workers=1))
+
+
+def test_closing_twice_does_nothing(folder: Path) -> None:
+    loader = Loader(make(folder, workers=1), tokenizer(), 0, 1)
+    loader.close()
+    with Path(os.devnull).open() as file:  # may get the number of what was closed
+        loader.close()
+        assert os.fstat(file.fileno())
 
 
 CHILD = """

@@ -1,9 +1,12 @@
 """Where a process learns who it is."""
 
+import socket
+
 import pytest
 
 from mmtrain.config.errors import ConfigError
-from mmtrain.parallel.environment import Place, discover, first_host, port_in_use
+from mmtrain.parallel import environment
+from mmtrain.parallel.environment import FREE_PORTS, SLURM_PORTS, Place, discover, first_host, free_port, port_in_use
 
 TORCHRUN = {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "MASTER_ADDR": "n1", "MASTER_PORT": "29500"}
 BATCH = {"SLURM_PROCID": "5", "SLURM_NTASKS": "8", "SLURM_LOCALID": "1", "SLURM_JOB_ID": "12345"}
@@ -67,3 +70,14 @@ def test_a_rank_outside_of_the_world_is_an_error() -> None:
 def test_a_port_in_use_comes_with_a_remedy(launcher: str, remedy: str) -> None:
     message = str(port_in_use(Place(0, 2, 0, "n1", 29500, launcher)))
     assert "port 29500 on n1 is in use" in message and remedy in message
+
+
+def test_a_free_port_is_none_that_somebody_has_or_that_a_connection_may_take(monkeypatch) -> None:
+    assert FREE_PORTS.stop <= 32768 and not set(FREE_PORTS) & set(SLURM_PORTS)
+    found = {free_port() for _ in range(50)}
+    assert found <= set(FREE_PORTS) and len(found) > 10
+    with socket.socket() as held:
+        held.bind(("127.0.0.1", 0))
+        taken = held.getsockname()[1]
+        monkeypatch.setattr(environment, "FREE_PORTS", [taken, min(found)])
+        assert {free_port() for _ in range(20)} == {min(found)}
