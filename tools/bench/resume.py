@@ -5,7 +5,8 @@
 Three real shards of a thousand samples each (captions, illustrated documents, texts; photographs of 320 x 240) are
 linked under 10,000 names, so every index and tar is opened, read and checked as a run would. Each start is a process of
 its own with one worker; starts take turns. `loader` is from the constructor to the first optimizer step of 8 packs of
-2,048 tokens, decoded; `planned` is to the first plan; `imports` is Python's way there. Wall seconds, median and best.
+2,048 tokens, decoded; `planned` is a second, warm way to the first plan; `imports` is Python's way there. Wall seconds,
+median and best.
 """
 
 import argparse
