@@ -117,13 +117,12 @@ def measure(
 
 def check_parent(arm: str, parent: str) -> None:
     """ConfigError unless the checkpoint was trained in the parametrisation of its arm."""
-    from omegaconf import OmegaConf
-
     from mmtrain.config.errors import ConfigError
+    from mmtrain.config.load import load
     from mmtrain.run.reader import open_weights
     from mmtrain.run.saver import RECIPE as RECIPE_FILE
 
-    base = OmegaConf.create(open_weights(Path(parent)).file(RECIPE_FILE).decode()).mup.base
+    base = load(open_weights(Path(parent)).folder / RECIPE_FILE).mup.base
     if bool(base) != (arm != SP):
         said = "with mup.base, so it is no SP" if base else "without mup.base, in SP"
         raise ConfigError(f"--{arm}-parent {parent} was trained {said}; give a parent of the arm's own parametrisation")
