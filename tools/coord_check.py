@@ -5,10 +5,11 @@
 
 The base widths (the recipe's, or those of its mup.base) are multiplied by --widths in all parts at once. --grow says
 what a wider attention has more of: size of each head, or heads (then key and value heads stay, and their projections
-go into a fixed width). The batch is drawn, the same for all steps and widths: random pictures and text through the
-whole model. A probe of muP passes when slope +- 2 standard errors lies within the limits, so noise speaks against it:
-take more --seeds for a smaller error, or a wider base. SP and faults run with the same settings, and must lie outside
-for certain. Writes coord_check.json and coord_check.png to --out. Exit code 0 when everything is as it must be, else 1.
+go into a fixed width). The batch is drawn, the same for all steps and widths: data.micro_batch packs of random pictures
+and text through the whole model. A probe of muP passes when slope +- 2 standard errors lies within the limits, so noise
+speaks against it: take more --seeds or packs for a smaller error, or a wider base. SP and faults run with the same
+settings, and must lie outside for certain. Writes coord_check.json and coord_check.png to --out. Exit code 0 when
+everything is as it must be, else 1.
 """
 
 import argparse
@@ -31,6 +32,7 @@ from mmtrain.config.load import load
 from mmtrain.config.schema import PARTS, Recipe
 from mmtrain.mup.coord import LOGITS, Verdict, judge, lacking
 from mmtrain.mup.scales import base_model_config
+from tools.bench.record import commit, hardware
 from tools.coord_model import FAULTS, Change, Grow, Setup, mup, plain_attention, standard, train
 
 
@@ -201,10 +203,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     command = shlex.join(["python", "-m", "tools.coord_check", *(sys.argv[1:] if argv is None else argv)])
     settings = {
         "command": command,
+        "commit": commit(),
+        "hardware": hardware(),
         "recipe": str(args.recipe),
         "overrides": args.overrides,
         "grow": args.grow,
         "lr": recipe.optim.lr,
+        "packs": recipe.data.micro_batch,
     }
     settings |= {"widths": args.widths, "seeds": args.seeds, "steps": args.steps}
     settings["seconds"] = round(time.monotonic() - started, 1)

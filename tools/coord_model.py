@@ -21,7 +21,7 @@ from mmtrain.mup.scales import forward_scales
 from mmtrain.optim.groups import param_groups
 
 Grow = Literal["head_size", "heads"]
-PACKS, IMAGES_OF_PACK, TEXT_OF_IMAGE = 4, 2, 24
+IMAGES_OF_PACK, TEXT_OF_IMAGE = 2, 24
 
 
 class Setup(NamedTuple):
@@ -73,14 +73,14 @@ def standard(made: Setup) -> Setup:
 
 
 def draw(recipe: Recipe, seed: int) -> Batch:
-    """Packs of a few documents, each an image and random text, in the form of the loader's."""
-    model, generator = recipe.model, torch.Generator().manual_seed(seed)
-    per_image, images = model.connector.num_tokens, PACKS * IMAGES_OF_PACK
+    """A micro-batch: packs of a few documents, each an image and random text, in the form of the loader's."""
+    model, packs, generator = recipe.model, recipe.data.micro_batch, torch.Generator().manual_seed(seed)
+    per_image, images = model.connector.num_tokens, packs * IMAGES_OF_PACK
     length = IMAGES_OF_PACK * (per_image + TEXT_OF_IMAGE)
-    place = torch.arange(length).expand(PACKS, -1)
+    place = torch.arange(length).expand(packs, -1)
     document, position = place // (per_image + TEXT_OF_IMAGE), place % (per_image + TEXT_OF_IMAGE)
     is_image = position < per_image
-    tokens = torch.randint(0, model.decoder.vocab_size, (PACKS, length), generator=generator)
+    tokens = torch.randint(0, model.decoder.vocab_size, (packs, length), generator=generator)
     tokens[is_image] = 0
     labels = tokens.roll(-1, 1)
     weights = ((position >= per_image) & (position < per_image + TEXT_OF_IMAGE - 1)).float()
@@ -96,7 +96,7 @@ def draw(recipe: Recipe, seed: int) -> Batch:
         images=torch.randint(0, 256, (images, 3, height, width), dtype=torch.uint8, generator=generator),
         image_valid=torch.ones(images, dtype=torch.bool),
         image_slots=is_image.flatten().nonzero().view(images, per_image),
-        keys=[[f"drawn{pack}"] * IMAGES_OF_PACK for pack in range(PACKS)],
+        keys=[[f"drawn{pack}"] * IMAGES_OF_PACK for pack in range(packs)],
         num_sources=1,
     )
 

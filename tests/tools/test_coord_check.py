@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from mmtrain.config.schema import Connector, Decoder, Model, Moe, Mup, Optim, Recipe, Vision
+from mmtrain.config.schema import Connector, Data, Decoder, Model, Moe, Mup, Optim, Recipe, Vision
 from tools.coord_check import check, examine, main
 from tools.coord_model import FAULTS, mup
 
@@ -25,7 +25,7 @@ MODEL = Model(
         moe=MOE,
     ),
 )
-RECIPE = Recipe(name="coord", out="nowhere", model=MODEL, optim=Optim(lr=1.5e-3), mup=Mup())
+RECIPE = Recipe(name="coord", out="nowhere", model=MODEL, data=Data(micro_batch=4), optim=Optim(lr=1.5e-3), mup=Mup())
 FEW = (1, 4)
 """Widths at which a fault is planted: enough to see it, and quick."""
 
@@ -96,6 +96,7 @@ def test_the_command_writes_slopes_and_a_plot_and_fails_on_what_proves_nothing(t
     assert probe["fit"].keys() == {"slope", "error", "r2", "count"} and probe["part"] == "decoder"
     assert probe["change"].keys() == {"8", "16"} and all(0 < change < 10 for change in probe["change"].values())
     assert report["command"].startswith("python -m tools.coord_check ") and "--seeds 2" in report["command"]
+    assert report["packs"] == 1 and report["commit"] and report["hardware"]["cores"] >= 1
     assert (tmp_path / "out" / "coord_check.png").read_bytes().startswith(b"\x89PNG")
 
 
