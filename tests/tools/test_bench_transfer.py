@@ -13,7 +13,7 @@ from tests.data.inputs import tokenizer, write_lines
 from tests.sweep import tasks
 from tests.train import jobs, tiny
 from tests.train.tasks import trained
-from tools.bench.transfer import Questions, Run, measure, recipe_of, runs, summary
+from tools.bench.transfer import ARMS, Questions, Run, measure, recipe_of, runs, summary
 
 SWEEP = """
 name: tiny
@@ -55,8 +55,9 @@ def whole(folder: Path) -> dict:
 
 
 def measured(folder: Path, parents: dict[str, str], limit: int) -> dict:
-    asked = Questions(folder / "questions.jsonl", folder / "shards" / "raw", limit)
-    return measure(folder / "sweep.yaml", folder / "wide.yaml", None, folder / "out", parents, asked, [0], [1.0, 1e33])
+    asked = Questions("vqa", folder / "questions.jsonl", folder / "shards" / "raw", limit)
+    planned = runs(ARMS, [0], [1.0, 1e33])
+    return measure(folder / "sweep.yaml", folder / "wide.yaml", None, folder / "out", parents, asked, planned)
 
 
 @pytest.mark.timeout(400)
@@ -65,15 +66,18 @@ def test_every_run_is_trained_once_and_asked(folder, tmp_path):
     assert first.code == 0, first.log
     found = first.value
     by_name = {(row["arm"], row["factor"]): row for row in found["runs"]}
-    assert list(by_name) == [("mup", 1.0), ("sp", 1.0), ("mup", 1e33)]
-    carried, plain, absurd = by_name.values()
-    assert absurd["ending"] == "diverged" and "loss" not in absurd
-    assert carried["steps"] == plain["steps"] == 4 and carried["loss"] != plain["loss"]
-    assert 0.0 <= carried["accuracy"] <= 1.0 and not committed(folder / "out" / "mup_x1_seed0")
+    assert list(by_name) == [*((arm, 1.0) for arm in ARMS), ("mup", 1e33)]
+    *compared, absurd = by_name.values()
+    assert absurd["ending"] == "diverged" and "scores" not in absurd
+    assert [row["steps"] for row in compared] == [4] * 4
+    assert len({row["scores"]["loss"] for row in compared}) == 4
+    carried, plain, *untuned = compared
+    assert carried["lr"] == plain["lr"] and {row["lr"] for row in untuned} == {load(folder / "wide.yaml").optim.lr}
+    assert 0.0 <= carried["scores"]["accuracy"] <= 1.0 and not committed(folder / "out" / "mup_x1_seed0")
     assert found["tuning_trials"] == 2 and found["tuning_over_target"] == found["tuning_flops"] / found["target_flops"]
     trained_at = [path.stat().st_mtime_ns for path in sorted((folder / "out").rglob("metrics.jsonl"))]
     again = jobs.run(tmp_path / "b", whole, folder)
-    assert again.value == found and len(trained_at) == 3
+    assert again.value == found and len(trained_at) == 5
     assert [path.stat().st_mtime_ns for path in sorted((folder / "out").rglob("metrics.jsonl"))] == trained_at
     parents = {"mup": str(folder / "parent_mup"), "sp": str(folder / "parent_sp")}
     with pytest.raises(ConfigError, match=r"mup_x1_seed0 was made with another limit; remove it, or give a new --out"):
@@ -84,42 +88,49 @@ def test_every_run_is_trained_once_and_asked(folder, tmp_path):
         measured(folder, {**parents, "sp": parents["mup"]}, 3)
 
 
-def test_muP_runs_have_the_proxys_base_and_SP_runs_none(folder, tmp_path):
-    values = {"optim.lr": 0.002, "mup.lr.vision": 0.5}
-    carried = tmp_path / "transferred.yaml"
+def test_an_arm_has_the_base_and_the_values_that_it_is_named_for(folder, tmp_path):
+    origin = {"values": {"optim.lr": 0.002, "mup.lr.vision": 0.5}, "base": {"decoder": {"hidden_size": 32}}}
+    carried, parents, target = tmp_path / "transferred.yaml", {"mup": "a", "sp": "b"}, folder / "wide.yaml"
     carried.write_text(
-        f"base: {folder / 'wide.yaml'}\noptim: {{lr: 0.002}}\nmup: {{base: {{decoder: {{hidden_size: 32}}}}}}\n"
+        f"base: {target}\noptim: {{lr: 0.002}}\nmup: {{base: {{decoder: {{hidden_size: 32}}}}, lr: {{vision: 0.5}}}}\n"
     )
-    parents = {"mup": "a", "sp": "b"}
-    wide = recipe_of(Run("mup", 4.0, 7), folder / "wide.yaml", tmp_path, values, parents)
-    assert (wide.optim.lr, wide.seed, wide.init_from) == (0.008, 7, "a") and wide.mup.base["decoder"]
-    plain = recipe_of(Run("sp", 1.0, 7), folder / "wide.yaml", tmp_path, values, parents)
-    assert (plain.optim.lr, plain.mup.lr, plain.init_from) == (0.002, {"vision": 0.5}, "b") and not plain.mup.base
-    assert wide.out != plain.out
+    mup, sp, mup_untuned, sp_untuned = (recipe_of(Run(a, 1.0, 7), target, tmp_path, origin, parents) for a in ARMS)
+    for recipe in (mup, sp):
+        assert (recipe.optim.lr, recipe.mup.lr, recipe.seed) == (0.002, {"vision": 0.5}, 7)
+    for recipe in (mup_untuned, sp_untuned):
+        assert (recipe.optim, recipe.mup.lr, recipe.seed) == (load(target).optim, {}, 7)
+    for recipe in (mup, mup_untuned):
+        assert recipe.mup.base == {"decoder": {"hidden_size": 32}} and recipe.init_from == "a"
+    for recipe in (sp, sp_untuned):
+        assert not recipe.mup.base and recipe.init_from == "b"
+    assert recipe_of(Run("mup", 4.0, 7), target, tmp_path, origin, parents).optim.lr == 0.008
+    assert len({recipe.out for recipe in (mup, sp, mup_untuned, sp_untuned)}) == 4
 
 
 def test_a_target_with_a_base_is_no_SP(folder, tmp_path):
     (tmp_path / "target.yaml").write_text(
         f"base: {folder / 'wide.yaml'}\nmup: {{base: {{decoder: {{hidden_size: 32}}}}}}\n"
     )
-    asked = Questions(tmp_path, tmp_path, 1)
+    asked = Questions("vqa", tmp_path, tmp_path, 1)
     with pytest.raises(ConfigError, match=r"target.yaml names mup.base, so as it stands it is no SP"):
-        measure(folder / "sweep.yaml", tmp_path / "target.yaml", None, tmp_path, {}, asked, [0], [1.0])
+        measure(folder / "sweep.yaml", tmp_path / "target.yaml", None, tmp_path, {}, asked, runs(ARMS, [0], [1.0]))
 
 
 def test_the_comparison_comes_before_the_scan():
-    names = [one.name() for one in runs([0, 1], [0.5, 1.0])]
+    names = [one.name() for one in runs(["mup", "sp"], [0, 1], [0.5, 1.0])]
     assert names == ["mup_x1_seed0", "mup_x1_seed1", "sp_x1_seed0", "sp_x1_seed1", "mup_x0.5_seed0", "mup_x0.5_seed1"]
+    assert [one.name() for one in runs(["sp_untuned"], [3], [0.5])] == ["sp_untuned_x1_seed3"]
 
 
 def row(arm: str, factor: float, loss: float | None, accuracy: float = 0.5) -> dict:
-    found = {"loss": loss, "accuracy": accuracy, "ending": "done"} if loss is not None else {"ending": "diverged"}
-    return {"arm": arm, "factor": factor, **found}
+    found = {"arm": arm, "factor": factor}
+    return found if loss is None else {**found, "scores": {"loss": loss, "accuracy": accuracy}}
 
 
-def test_the_three_are_compared_by_their_means_over_seeds():
+def test_arms_are_compared_by_their_means_over_seeds():
     rows = [row("mup", 1.0, 1.0, 0.4), row("mup", 1.0, 2.0, 0.6), row("sp", 1.0, 4.0), row("sp", 1.0, None)]
     rows += [
+        row("mup_untuned", 1.0, 3.0, 0.25),
         row("mup", 0.5, 1.2),
         row("mup", 0.5, 1.4),
         row("mup", 0.25, 3.0),
@@ -127,12 +138,16 @@ def test_the_three_are_compared_by_their_means_over_seeds():
         row("mup", 2.0, None),
     ]
     found = summary(rows)
-    assert found["transferred"]["loss"] == {"mean": 1.5, "lowest": 1.0, "highest": 2.0}
-    assert found["transferred"]["accuracy"]["mean"] == 0.5
+    assert found["mup"]["loss"] == {"mean": 1.5, "deviation": pytest.approx(0.5**0.5), "lowest": 1.0, "highest": 2.0}
+    assert found["mup"]["accuracy"]["mean"] == 0.5
+    alone = {"mean": 0.25, "deviation": None, "lowest": 0.25, "highest": 0.25}
+    assert found["mup_untuned"]["accuracy"] == alone
     assert found["own_best"]["factor"] == 0.5 and found["own_best"]["interior"] is True
     assert found["loss_above_own_best"] == pytest.approx(0.2)
-    assert found["sp"]["diverged"] == 1 and found["sp"]["loss"] == {"mean": None, "lowest": 4.0, "highest": 4.0}
-    assert summary([row("mup", 1.0, 1.0), row("sp", 1.0, None)])["sp"]["loss"] is None
+    diverged = {"mean": None, "deviation": None, "lowest": 4.0, "highest": 4.0}
+    assert found["sp"]["diverged"] == 1 and found["sp"]["loss"] == diverged
+    assert summary([row("mup", 1.0, 1.0), row("sp", 1.0, None)])["sp"] == {"diverged": 1}
+    assert "own_best" not in summary([row("mup", 1.0, 1.0), row("sp", 1.0, 1.0)])
     nowhere = summary([row("mup", 1.0, None), row("mup", 2.0, None), row("sp", 1.0, 1.0)])
     assert nowhere["own_best"] is nowhere["loss_above_own_best"] is None
     beyond = summary([row("mup", 1.0, None), row("mup", 0.5, 2.0), row("sp", 1.0, 1.0)])

@@ -1,13 +1,18 @@
-"""A transfer from end to end: a proxy's best values at the target, against the target's own scan and against SP.
+"""A transfer from end to end: a proxy's best values at the target, against the target's own, and against SP.
 
     python -m tools.bench.transfer SWEEP.yaml TARGET.yaml --out DIR --questions F.jsonl --images DIR \\
-        --mup-parent CHECKPOINT --sp-parent CHECKPOINT [--seeds 0 1] [--factors 0.25 0.5 1 2 4] [--save]
+        --mup-parent CHECKPOINT --sp-parent CHECKPOINT [--task vqa | matching] [--arms mup sp ...] [--seeds 0 1] \\
+        [--factors 0.25 0.5 1 2 4] [--save NAME]
 
-Carries the best point of SWEEP's finished study to TARGET as tools.transfer does. Trains the target with these values,
-with its rate times each of --factors, and with the same values in SP (TARGET as it stands, which names no mup.base),
-each from the parent of its own parametrisation. A run is measured by its held-out loss and its answers to questions.
-A run that has ended lies in DIR and is not trained again: the same command goes on. Prints one JSON line; a mean over
-seeds is null where one of them diverged, and the cost of tuning is that of the study's trials, without parents.
+Carries the best point of SWEEP's finished study to TARGET as tools.transfer does, and trains the target in each of
+    mup            muP with the carried values, and (but for a factor of 1) with its rate times each of --factors
+    sp             SP (TARGET as it stands, which names no mup.base) with the same values
+    mup_untuned    muP with TARGET's own values
+    sp_untuned     SP with TARGET's own values, which is TARGET as it stands
+each from the parent of its own parametrisation. A run is measured by its held-out loss and by what it answers, as
+launch/evaluate.py does. A run that has ended lies in DIR and is not trained again: the same command goes on, and
+several with other seeds or arms may share DIR. Prints one JSON line; a mean over seeds is null where one of them
+diverged, and the cost of tuning is that of the study's trials, without parents.
 """
 
 import argparse
@@ -16,10 +21,10 @@ import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from launch.entry import positive, run, setup
+from launch.entry import run, setup
 from tools.bench.record import tell
 
 if TYPE_CHECKING:
@@ -28,17 +33,21 @@ if TYPE_CHECKING:
 
 RECIPE = "transferred.yaml"
 MEASURED = "measured.json"
-SP = "sp"
+ARMS = ("mup", "sp", "mup_untuned", "sp_untuned")
 
 
 class Run(NamedTuple):
     """One training of the target."""
 
     arm: str
-    """mup or sp."""
     factor: float
     """On the transferred rate."""
     seed: int
+
+    @property
+    def parent(self) -> str:
+        """mup or sp: whose parent it starts from."""
+        return self.arm.partition("_")[0]
 
     def name(self) -> str:
         return f"{self.arm}_x{self.factor:g}_seed{self.seed}"
@@ -47,9 +56,12 @@ class Run(NamedTuple):
 class Questions(NamedTuple):
     """What every run is asked."""
 
+    task: str
+    """vqa or matching."""
     file: Path
     images: Path
     limit: int
+    """0: all."""
 
 
 def main() -> int:
@@ -61,16 +73,20 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True, help="folder of the runs")
     parser.add_argument("--mup-parent", required=True, help="checkpoint that the target's muP runs start from")
     parser.add_argument("--sp-parent", required=True, help="checkpoint that the target's SP runs start from")
-    parser.add_argument("--questions", type=Path, required=True, help="JSON lines, as launch/evaluate.py --task vqa")
+    parser.add_argument("--task", choices=["vqa", "matching"], default="vqa")
+    parser.add_argument("--questions", type=Path, required=True, help="JSON lines, as launch/evaluate.py --data")
     parser.add_argument("--images", type=Path, required=True, help="folder that the image paths are relative to")
-    parser.add_argument("--limit", type=positive, default=1000, help="questions to ask, from the first")
+    parser.add_argument("--limit", type=int, default=0, help="questions to ask, from the first; 0: all")
+    parser.add_argument("--arms", choices=ARMS, nargs="+", default=["mup", "sp"])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--factors", type=float, nargs="+", default=[0.25, 0.5, 1.0, 2.0, 4.0])
-    parser.add_argument("--save", action="store_true", help="keep the line in results/ too")
+    parser.add_argument("--save", default="", metavar="NAME", help="keep the line as results/NAME.json too")
     args = parser.parse_args()
-    asked = Questions(args.questions, args.images, args.limit)
-    parents = {"mup": args.mup_parent, SP: args.sp_parent}
-    tell(measure(args.sweep, args.target, args.variant, args.out, parents, asked, args.seeds, args.factors), args.save)
+    asked = Questions(args.task, args.questions, args.images, args.limit)
+    parents = {"mup": args.mup_parent, "sp": args.sp_parent}
+    planned = runs(args.arms, args.seeds, args.factors)
+    found = measure(args.sweep, args.target, args.variant, args.out, parents, asked, planned)
+    tell({"bench": args.save or "transfer", **found}, bool(args.save))
     return 0
 
 
@@ -81,8 +97,7 @@ def measure(
     out: Path,
     parents: dict[str, str],
     asked: Questions,
-    seeds: Sequence[int],
-    factors: Sequence[float],
+    planned: Sequence[Run],
 ) -> dict[str, Any]:
     """Train and measure what is not there yet. UserError: the study has not ended, values cannot be carried, ..."""
     from mmtrain.config.errors import ConfigError
@@ -93,64 +108,63 @@ def measure(
 
     if load(target).mup.base:
         raise ConfigError(f"{target} names mup.base, so as it stands it is no SP: take the base out of it")
-    for arm, parent in parents.items():
-        check_parent(arm, parent)
+    for name, parent in parents.items():
+        check_parent(name, parent)
     sweep = read_sweep(sweep_file)
     lines = carry(sweep, target, [f"init_from={parents['mup']}"], out / RECIPE, variant, [])
     origin = json.loads((out / RECIPE).with_suffix(".transfer.json").read_text())
     rows = []
-    for one in runs(seeds, factors):
-        recipe = recipe_of(one, target, out, origin["values"], parents)
+    for one in planned:
+        recipe = recipe_of(one, target, out, origin, parents)
         rows.append({"arm": one.arm, "factor": one.factor, "seed": one.seed, **ended(recipe, asked)})
         print(f"{one.name()}: {rows[-1]}", file=sys.stderr)
     carried = load(out / RECIPE)
     return {
-        "bench": "transfer_end_to_end",
         "report": lines,
         "values": origin["values"],
         **costs(sweep, origin["variant"], step_cost(carried).flops * carried.steps),
-        "questions": asked.limit,
+        "questions": asked.limit or "all",
         "found": summary(rows),
         "runs": rows,
     }
 
 
-def check_parent(arm: str, parent: str) -> None:
-    """ConfigError unless the checkpoint was trained in the parametrisation of its arm."""
+def check_parent(name: str, parent: str) -> None:
+    """ConfigError unless the checkpoint was trained in the parametrisation that it is named for."""
     from mmtrain.config.errors import ConfigError
     from mmtrain.config.load import load
     from mmtrain.run.reader import open_weights
     from mmtrain.run.saver import RECIPE as RECIPE_FILE
 
     base = load(open_weights(Path(parent)).folder / RECIPE_FILE).mup.base
-    if bool(base) != (arm != SP):
+    if bool(base) != (name != "sp"):
         said = "with mup.base, so it is no SP" if base else "without mup.base, in SP"
-        raise ConfigError(f"--{arm}-parent {parent} was trained {said}; give a parent of the arm's own parametrisation")
+        raise ConfigError(f"--{name}-parent {parent} was trained {said}; give a parent of the right one")
 
 
-def runs(seeds: Sequence[int], factors: Sequence[float]) -> list[Run]:
-    """The transferred values in both parametrisations first, then the rest of the scan."""
-    scan = [1.0, *(factor for factor in factors if factor != 1.0)]
-    return [
-        Run(arm, factor, seed)
-        for factor in scan
-        for arm in (("mup", SP) if factor == 1.0 else ("mup",))
-        for seed in seeds
-    ]
+def runs(arms: Sequence[str], seeds: Sequence[int], factors: Sequence[float]) -> list[Run]:
+    """The arms at the values as they are first, then the rest of the scan."""
+    compared = [Run(arm, 1.0, seed) for arm in arms for seed in seeds]
+    scan = [Run("mup", factor, seed) for factor in factors if factor != 1.0 for seed in seeds]
+    return compared + (scan if "mup" in arms else [])
 
 
-def recipe_of(one: Run, target: Path, out: Path, values: dict[str, Any], parents: dict[str, str]) -> "Recipe":
-    """The target's recipe for a run: SP's is the target with the values, muP's the one that tools.transfer wrote."""
+def recipe_of(one: Run, target: Path, out: Path, origin: dict[str, Any], parents: dict[str, str]) -> "Recipe":
+    """The target's recipe for a run. origin: what tools.transfer wrote beside the carried recipe."""
     from mmtrain.config.load import load
 
-    changes = [f"init_from={parents[one.arm]}", f"seed={one.seed}", f"out={out / one.name()}"]
-    if one.arm == SP:
-        return load(target, [*(f"{key}={value}" for key, value in values.items()), *changes])
-    return load(out / RECIPE, [f"optim.lr={load(out / RECIPE).optim.lr * one.factor}", *changes])
+    changes = [f"init_from={parents[one.parent]}", f"seed={one.seed}", f"out={out / one.name()}"]
+    if one.arm == "mup":
+        return load(out / RECIPE, [f"optim.lr={load(out / RECIPE).optim.lr * one.factor}", *changes])
+    if one.arm == "mup_untuned":
+        changes.append(f"mup.base={json.dumps(origin['base'])}")
+    if one.arm == "sp":
+        changes += [f"{key}={value}" for key, value in origin["values"].items()]
+    return load(target, changes)
 
 
 def ended(recipe: "Recipe", asked: Questions) -> dict[str, Any]:
-    """Loss and accuracy of a run, trained now if it is not there.
+    """How a run ended, and its scores if it did; trained now if it is not there.
 
     ConfigError: it was stopped before its end, or what is there was made with other values or questions.
     """
@@ -159,14 +173,14 @@ def ended(recipe: "Recipe", asked: Questions) -> dict[str, Any]:
     from mmtrain.sweep.trial import discard_weights, run_trial
 
     out = Path(recipe.out)
-    made = {"recipe": dump(recipe), "questions": str(asked.file), "limit": asked.limit}
+    made = {"recipe": dump(recipe), "task": asked.task, "questions": str(asked.file), "limit": asked.limit}
     if not (out / MEASURED).exists():
         outcome = run_trial(recipe, "all", lambda _: False)
         if outcome.ending == "interrupted":
             raise ConfigError(f"{out} was stopped before its end; the same command goes on")
         found = {"lr": recipe.optim.lr, "ending": outcome.ending, "steps": outcome.steps}
         if outcome.ending == "done":
-            found |= {"loss": outcome.loss, **answers(out, asked)}
+            found["scores"] = {"loss": outcome.loss, **answers(out, asked)}
         (out / MEASURED).write_text(json.dumps({"made": made, "found": found}) + "\n")
         discard_weights(out)
     kept = json.loads((out / MEASURED).read_text())
@@ -176,16 +190,17 @@ def ended(recipe: "Recipe", asked: Questions) -> dict[str, Any]:
 
 
 def answers(checkpoint: Path, asked: Questions) -> dict[str, float]:
-    """Accuracy over all questions, those with the answers yes and no, and the others."""
+    """The scores of launch/evaluate.py's report, without its counts."""
     from mmtrain.evaluate.prompts import Prompter
     from mmtrain.evaluate.tasks import Evaluator
     from mmtrain.inference import open_inference
 
     opened = open_inference(checkpoint)
     prompter = Prompter(opened.recipe, opened.tokenizer, asked.images, False)
-    found = Evaluator(prompter, opened.forward, max_new_tokens=8).vqa(asked.file, asked.limit).metrics
+    evaluator = Evaluator(prompter, opened.forward, max_new_tokens=8)
+    found = getattr(evaluator, asked.task)(asked.file, asked.limit).metrics
     opened.close()
-    return {key: value for key, value in found.items() if key.startswith("accuracy")}
+    return {name: value for name, value in found.items() if isinstance(value, float)}
 
 
 def costs(sweep: "Sweep", variant: str, target_flops: float) -> dict[str, Any]:
@@ -206,36 +221,49 @@ def costs(sweep: "Sweep", variant: str, target_flops: float) -> dict[str, Any]:
 
 
 def summary(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Means over seeds, and lowest and highest, of the three: transferred, the scan's best rate, SP."""
+    """Every arm over its seeds; where rates were scanned, the best of them, and how far the carried one is above it."""
+    arms: dict[str, list[dict[str, Any]]] = {}
     scan: dict[float, list[dict[str, Any]]] = {}
     for row in rows:
-        if row["arm"] != SP:
+        if row["factor"] == 1.0:
+            arms.setdefault(row["arm"], []).append(row)
+        if row["arm"] == "mup":
             scan.setdefault(row["factor"], []).append(row)
-    losses = {factor: fmean(row.get("loss", math.inf) for row in at) for factor, at in scan.items()}
+    found: dict[str, Any] = {arm: over_seeds(of_arm) for arm, of_arm in arms.items()}
+    return found | (best_of(scan) if len(scan) > 1 else {})
+
+
+def best_of(scan: dict[float, list[dict[str, Any]]]) -> dict[str, Any]:
+    """The factor with the lowest mean loss; null where every one diverged."""
+    losses = {
+        factor: fmean(row["scores"]["loss"] if "scores" in row else math.inf for row in at)
+        for factor, at in scan.items()
+    }
     best = min(losses, key=lambda factor: losses[factor])
+    if not math.isfinite(losses[best]):
+        return {"own_best": None, "loss_above_own_best": None}
+    interior = min(losses) < best < max(losses)
     above = losses[1.0] - losses[best] if math.isfinite(losses[1.0]) else None
     return {
-        "transferred": _over_seeds(scan[1.0]),
-        "own_best": {
-            "factor": best,
-            "interior": min(losses) < best < max(losses),
-            **_over_seeds(scan[best]),
-        }
-        if math.isfinite(losses[best])
-        else None,
-        "sp": _over_seeds([row for row in rows if row["arm"] == SP]),
+        "own_best": {"factor": best, "interior": interior, **over_seeds(scan[best])},
         "loss_above_own_best": above,
     }
 
 
-def _over_seeds(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Loss and accuracy of one setting: no mean where a seed diverged, which would flatter it."""
-    diverged = sum(row["ending"] != "done" for row in rows)
+def over_seeds(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Each score of one setting: no mean where a seed diverged, which would flatter it."""
+    scores = [row["scores"] for row in rows if "scores" in row]
+    diverged = len(rows) - len(scores)
     found: dict[str, Any] = {"diverged": diverged}
-    for key in ("loss", "accuracy"):
-        values = [row[key] for row in rows if key in row]
-        spread = {"lowest": min(values), "highest": max(values)} if values else None
-        found[key] = spread and {"mean": None if diverged else fmean(values), **spread}
+    for name in dict.fromkeys(name for of_run in scores for name in of_run):
+        values = [of_run[name] for of_run in scores if name in of_run]
+        whole = len(values) == len(rows)
+        found[name] = {
+            "mean": fmean(values) if whole else None,
+            "deviation": stdev(values) if whole and len(values) > 1 else None,
+            "lowest": min(values),
+            "highest": max(values),
+        }
     return found
 
 
