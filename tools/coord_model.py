@@ -136,22 +136,25 @@ def train(made: Setup, seed: int, steps: int) -> tuple[dict[str, float], list[st
 
 def wrong_factors(made: Setup, model: VisionLanguageModel, seen: Recording, batch: Batch) -> list[str]:
     """Factors measured in the forward that are not those of DESIGN section 7: on attention logits and on logits."""
-    config, base, multipliers = made.recipe.model, made.base, made.recipe.mup
+    config, base, tuned = made.recipe.model, made.base, made.recipe.mup
     sizes = {
         "vision": [part.hidden_size // part.num_heads for part in (config.vision, base.vision)],
         "connector": [part.hidden_size // part.num_heads for part in (config.connector, base.connector)],
         "decoder": [config.decoder.head_dim, base.decoder.head_dim],
     }
+    multipliers = {"vision": tuned.attention, "connector": tuned.cross_attention, "decoder": tuned.attention}
     found = []
     for name, scale in seen.scales.items():
-        size, at_base = sizes[name.partition(".")[0]]
-        wanted = math.sqrt(at_base) / size * (1.0 if name.startswith("connector") else multipliers.attention)
+        part = name.partition(".")[0]
+        size, at_base = sizes[part]
+        wanted = math.sqrt(at_base) / size * multipliers[part]
         if not math.isclose(scale, wanted, rel_tol=1e-3):
-            found.append(f"{name}: the factor on q.k is {scale:.4g}, not sqrt({at_base}) / {size} = {wanted:.4g}")
+            formula = f"{multipliers[part]:g} x sqrt({at_base}) / {size}"
+            found.append(f"{name}: the factor on q.k is {scale:.4g}, not {formula} = {wanted:.4g}")
     hidden = seen.activations["hidden decoder.norm"].flatten(0, 1)[batch.weights.flatten() > 0]
     plain = hidden @ model.decoder.head.weight[: config.decoder.vocab_size].t().detach()
     factor = float((plain * seen.activations["logits decoder.head"]).sum() / plain.square().sum())
-    wanted = multipliers.output * base.decoder.hidden_size / config.decoder.hidden_size
+    wanted = tuned.output * base.decoder.hidden_size / config.decoder.hidden_size
     if not math.isclose(factor, wanted, rel_tol=1e-3):
         found.append(f"decoder.head: the factor on logits is {factor:.4g}, not {wanted:.4g}")
     return found

@@ -1,10 +1,11 @@
-"""NLVR for an image-text matching run: shards of true statements, of questions, and of questions held out for tuning.
+"""NLVR for an image-text matching run: shards of true statements, of questions, of questions held out, and a test file.
 
     python -m tools.nlvr_data RAW --out DIR
 
-RAW holds captions/train.jsonl, instruct/train.json and images/ (the layout of configs/data/real.yaml's header); their
-records of images under nlvr/ are used. Every 12th sentence of the development split is held out with all its panels,
-and no picture that is one of these byte for byte is trained on. NLVR's test split is only measured with.
+RAW holds captions/train.jsonl, instruct/train.json, eval/matching_nlvr_test.jsonl and images/ (the layout of
+configs/data/real.yaml's header); records of images under nlvr/ are used. Every 12th sentence of the development split
+is held out for tuning with all its panels, and no picture that is one of these byte for byte is trained on.
+DIR/test.jsonl has the statements of the test file whose picture is not, byte for byte, one of the development split.
 """
 
 import argparse
@@ -23,6 +24,7 @@ from tools.train_tokenizer import train
 
 HELD_OUT_EVERY = 12
 VOCAB_SIZE = 512
+CAPTIONS, TEST = "captions/train.jsonl", "eval/matching_nlvr_test.jsonl"
 
 Record = dict[str, Any]
 
@@ -45,7 +47,7 @@ def build(raw: Path, out: Path) -> dict[str, int]:
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise DataError(f"output {out}: exists already; choose another folder or delete it")
-    told = of_nlvr(json.loads(line) for line in read(raw / "captions" / "train.jsonl").splitlines())
+    told, tested = (of_nlvr(map(json.loads, read(raw / file).splitlines())) for file in (CAPTIONS, TEST))
     asked = of_nlvr(json.loads(read(raw / "instruct" / "train.json")))
     if not told or not asked:
         raise DataError(f"{raw}: {len(told)} captions and {len(asked)} questions about images under nlvr/; both needed")
@@ -56,6 +58,8 @@ def build(raw: Path, out: Path) -> dict[str, int]:
         "questions": [record for record in asked if not held_out(record) and content(raw, record) not in seen],
         "held_out": kept_back,
     }
+    known = {content(raw, record) for record in [*told, *asked]}
+    test = [record for record in tested if content(raw, record) not in known]
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)  # what an interrupted run left
     partial.mkdir(parents=True)
@@ -65,8 +69,9 @@ def build(raw: Path, out: Path) -> dict[str, int]:
     tokenizer = train([files["captions"], files["questions"]], VOCAB_SIZE, partial / "tokenizer.json")
     for name, file in files.items():
         make_shards("captions" if name == "captions" else "instruct", file, raw / "images", partial / name, tokenizer)
+    lines(partial / "test.jsonl", test)
     partial.replace(out)
-    return {name: len(records) for name, records in parts.items()}
+    return {name: len(records) for name, records in parts.items()} | {"test.jsonl": len(test)}
 
 
 def read(file: Path) -> bytes:
@@ -74,7 +79,9 @@ def read(file: Path) -> bytes:
     try:
         return file.read_bytes()
     except FileNotFoundError:
-        raise DataError(f"{file}: no such file; RAW is the folder with captions/, instruct/ and images/") from None
+        raise DataError(
+            f"{file}: no such file; RAW is the folder with captions/, instruct/, eval/ and images/"
+        ) from None
 
 
 def of_nlvr(records: Iterable[Record]) -> list[Record]:

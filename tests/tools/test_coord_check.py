@@ -1,12 +1,13 @@
 """The coordinate check on a small model with experts in all three parts: muP passes, SP and every fault are caught."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
 from mmtrain.config.schema import Connector, Data, Decoder, Model, Moe, Mup, Optim, Recipe, Vision
 from tools.coord_check import check, examine, main
-from tools.coord_model import FAULTS, mup
+from tools.coord_model import FAULTS, flattened_lr, mup, train
 
 MOE = Moe(num_experts=4, top_k=2)
 MODEL = Model(
@@ -66,6 +67,43 @@ def test_a_planted_fault_shows_where_it_was_planted(setups, fault):
     away, noise = verdict.fit.slope - right.fit.slope, verdict.fit.error + right.fit.error
     assert not right.problem and verdict.problem.startswith(how)
     assert away > 2 * noise if how == "grows" else away < -2 * noise
+
+
+def test_the_cross_attention_s_multiplier_belongs_to_its_factor():
+    connector = Connector(kind="attention_pool", num_tokens=4, hidden_size=32, num_heads=2)
+    recipe = replace(RECIPE, model=replace(MODEL, connector=connector), mup=Mup(cross_attention=2.0, attention=0.5))
+    made = mup(recipe, recipe.model, 2, "head_size")
+    assert train(made, 0, 0)[1] == []
+    (wrong,) = train(made._replace(scales=replace(made.scales, attention_connector=0.125)), 0, 0)[1]
+    assert wrong == "connector.attention: the factor on q.k is 0.125, not 2 x sqrt(16) / 32 = 0.25"
+
+
+def flat_but_for_plain_rates(made, _seed, _steps):
+    """What training changed: nothing that depends on width, unless no rate does."""
+    plain = all(entry.lr_mult == 1.0 for entry in made.registry.entries.values())
+    grown = made.recipe.model.decoder.hidden_size / made.base.decoder.hidden_size
+    return {"block vision.blocks.0": grown if plain else 1.0}, []
+
+
+def test_a_check_that_tells_nothing_apart_fails(monkeypatch):
+    monkeypatch.setattr("tools.coord_check.train", lambda *_: ({"block vision.blocks.0": 1.0}, []))
+    said = check(RECIPE, (1, 2, 4, 8), 3, 8, "head_size", [flattened_lr])[1]
+    assert said == [
+        "SP passes too: these settings cannot tell right from wrong; take a higher optim.lr",
+        "flattened_lr was not caught",
+    ]
+    monkeypatch.setattr("tools.coord_check.train", flat_but_for_plain_rates)
+    assert check(RECIPE, (1, 2, 4, 8), 3, 8, "head_size", [flattened_lr])[1] == []
+    assert check(RECIPE, (1, 2, 4, 8), 3, 8, "head_size", FAULTS[1:2])[1] == ["hidden_router was not caught"]
+
+
+def test_exit_code_0_means_that_it_passed(tmp_path, monkeypatch, capsys):
+    file = tmp_path / "recipe.yaml"
+    file.write_text(RECIPE_FILE)
+    monkeypatch.setattr("tools.coord_check.train", flat_but_for_plain_rates)
+    assert main([str(file), "--out", str(tmp_path)]) == 0
+    assert "coordinate check: pass" in capsys.readouterr().out
+    assert json.loads((tmp_path / "coord_check.json").read_text())["pass"] is True
 
 
 RECIPE_FILE = """

@@ -13,17 +13,29 @@ SAME = (9, 9, 9)
 
 
 def raw(folder: Path) -> Path:
-    """Panels of sentences 1, 2 and one held out; one panel of sentence 2 is a held-out one byte for byte; an icon."""
+    """Panels of sentences 1, 2, one held out, and three of the test split; an icon.
+
+    Byte for byte, a panel of sentence 2 is one held out, and two of the test split are one trained on and one held out.
+    The first panel is only asked about; the last one, of the sentence held out, has only a caption.
+    """
     held = HELD_OUT_EVERY
     colours = {"1-0-0": (1, 1, 1), "2-0-0": (2, 2, 2), "2-0-1": SAME, f"{held}-0-0": SAME, f"{held}-1-0": (3, 3, 3)}
+    colours[f"{held}-2-0"] = (5, 5, 5)
     names = {f"nlvr/dev-{panel}.png": colour for panel, colour in colours.items()} | {"icons/a.png": (4, 4, 4)}
     for name, colour in names.items():
         (folder / "images" / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / "images" / name).write_bytes(picture(colour=colour))
-    (folder / "captions").mkdir()
-    (folder / "instruct").mkdir()
-    write_lines(folder / "captions" / "train.jsonl", [{"image": name, "caption": f"In {name}."} for name in names])
-    asked = [{"id": name, "image": name, "conversations": question(f"<image>\nIn {name}?", "true")} for name in names]
+    tests = {"nlvr/test-1.png": (1, 1, 1), "nlvr/test-2.png": (8, 8, 8), "nlvr/test-3.png": SAME}
+    for name, colour in tests.items():
+        (folder / "images" / name).write_bytes(picture(colour=colour))
+    for part in ("captions", "instruct", "eval"):
+        (folder / part).mkdir()
+    statements = [{"id": name, "image": name, "statement": "So?", "label": True} for name in tests]
+    write_lines(folder / "eval" / "matching_nlvr_test.jsonl", statements)
+    told = [{"image": name, "caption": f"In {name}."} for name in list(names)[1:]]
+    write_lines(folder / "captions" / "train.jsonl", told)
+    shown = [name for name in names if "-2-0.png" not in name]
+    asked = [{"id": name, "image": name, "conversations": question(f"<image>\nIn {name}?", "true")} for name in shown]
     text_only = {"id": "talk", "image": None, "conversations": question("Hello?", "hello")}
     (folder / "instruct" / "train.json").write_text(json.dumps([*asked, text_only]))
     return folder
@@ -33,13 +45,14 @@ def images(file: Path) -> list[str]:
     return [json.loads(line)["image"] for line in file.read_text().splitlines()]
 
 
-def test_no_panel_of_a_held_out_sentence_is_trained_on_nor_a_copy_of_one(tmp_path):
+def test_no_panel_that_is_measured_with_is_trained_on_nor_a_copy_of_one(tmp_path):
     found = build(raw(tmp_path), tmp_path / "out")
-    learnt = ["nlvr/dev-1-0-0.png", "nlvr/dev-2-0-0.png"]
-    assert found == {"captions": 2, "questions": 2, "held_out": 2}
-    assert images(tmp_path / "out" / "captions.jsonl") == images(tmp_path / "out" / "questions.jsonl") == learnt
+    assert found == {"captions": 1, "questions": 2, "held_out": 2, "test.jsonl": 1}
+    assert images(tmp_path / "out" / "captions.jsonl") == ["nlvr/dev-2-0-0.png"]
+    assert images(tmp_path / "out" / "questions.jsonl") == ["nlvr/dev-1-0-0.png", "nlvr/dev-2-0-0.png"]
     assert images(tmp_path / "out" / "held_out.jsonl") == ["nlvr/dev-12-0-0.png", "nlvr/dev-12-1-0.png"]
-    for name in found:
+    assert images(tmp_path / "out" / "test.jsonl") == ["nlvr/test-2.png"]
+    for name in ("captions", "questions", "held_out"):
         assert list((tmp_path / "out" / name).glob("*.tar"))
     assert not (tmp_path / "out.partial").exists()
 
