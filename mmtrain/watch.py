@@ -19,7 +19,7 @@ from mmtrain.data.record import Step
 from mmtrain.data.tokenizer import Tokenizer
 from mmtrain.measure import Measured
 from mmtrain.model.balance import RouterState
-from mmtrain.model.build import parameter_counts, training_flops
+from mmtrain.model.build import Flops, parameter_counts
 from mmtrain.parallel.engine import Norms
 from mmtrain.parallel.groups import Groups
 from mmtrain.run.flops import peak_flops
@@ -63,6 +63,7 @@ class Watch:
         keep = recipe.checkpoint
         self._saver = Saver(self._out, groups, keep.keep_last, keep.keep_every, keep.keep_best)
         self._meter = Meter(groups.device, peak_flops(groups.device, groups.world))
+        self._flops = Flops.of(recipe.model)
         self._tokenizer_files = tokenizer.files()
         self._counters = Counter({name: int(value) for name, value in done.metrics.items() if "/" in name})
         self._measured: Measured | None = None
@@ -120,7 +121,9 @@ class Watch:
         """Take in a step; write its line when one is due. Collective where samples or the step were unusable."""
         recipe, self._step = self._recipe, step
         self._heart.at(step, "report")
-        self._meter.count(sums.tokens, sums.images, self._flops(sums))
+        context = recipe.data.sequence_length / 2  # the mean causal context, taken as half a pack
+        flops = self._flops.step(sums.tokens, sums.images, float(sums.labels), context)
+        self._meter.count(sums.tokens, sums.images, flops)
         self._counters.update(
             {DOCUMENTS + name: count for name, count in zip(recipe.data.sources, sums.documents, strict=True)}
         )
@@ -161,11 +164,6 @@ class Watch:
         self._lines.write(self._record)
         self._progress.report(self._record)
         self._wandb.write(step, self._record.as_json())
-
-    def _flops(self, sums: StepSums) -> float:
-        """Model FLOPs of a step (mmtrain.model.build); the mean causal context is taken as half a pack."""
-        context = self._recipe.data.sequence_length / 2
-        return training_flops(self._recipe.model, sums.tokens, sums.images, float(sums.labels), context)
 
     def _write_ledger(self, step: int, data: Step) -> None:
         """Append the unusable samples of all ranks to OUT/ledger.jsonl."""

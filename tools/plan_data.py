@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from rich.console import Console
@@ -24,14 +24,14 @@ from rich.table import Table
 
 from mmtrain.config.errors import ConfigError, UserError
 from mmtrain.config.load import load
-from mmtrain.config.schema import Model, Recipe
+from mmtrain.config.schema import Recipe
 from mmtrain.data.batch import canvas_of
 from mmtrain.data.index import read_index
 from mmtrain.data.loader import make_planner
 from mmtrain.data.ordering import Planned, Sizer
 from mmtrain.data.plan import Planner
 from mmtrain.data.tokenizer import Tokenizer
-from mmtrain.model.build import training_flops
+from mmtrain.model.build import Flops
 
 STRETCH = 1000
 """Packs in which the mixture is looked at."""
@@ -45,7 +45,7 @@ def measure(recipe: Recipe, planner: Planner, packs: int, ranks: int) -> dict[st
     cut_short: set[tuple[int, int]] = set()
     history = [list(planner.served.values())]
     balances: list[float] = []
-    cost = Cost.of(recipe.model)
+    flops = Flops.of(recipe.model)
     skipped: Counter[str] = Counter()
     names = list(data.sources)
     began = time.process_time()
@@ -66,7 +66,7 @@ def measure(recipe: Recipe, planner: Planner, packs: int, ranks: int) -> dict[st
             cut_short.update((p.source, p.ordinal) for p in stretches if whole(p) <= data.sequence_length)
             empty += not pack
             full += panels == data.max_images
-            costs[number % data.num_lanes() % ranks] += cost.pack(pack)
+            costs[number % data.num_lanes() % ranks] += pack_flops(flops, pack)
         if any(costs):
             balances.append(sum(costs) / ranks / max(costs))
         longest = max(longest, planner.longest_wait)
@@ -124,30 +124,9 @@ def off_the_weights(recipe: Recipe, planner: Planner, history: Sequence[Sequence
     }
 
 
-class Cost(NamedTuple):
-    """Model FLOPs of forward and backward, by what they are proportional to."""
-
-    token: float
-    """Of a position, besides attention."""
-    image: float
-    """Of an image in the towers."""
-    pair: float
-    """Of a position that attends to another."""
-
-    @classmethod
-    def of(cls, model: Model) -> "Cost":
-        """The costs of a model."""
-        token = training_flops(model, 1, 0, 1, 0)
-        return cls(token, training_flops(model, 0, 1, 0, 0), training_flops(model, 1, 0, 1, 1) - token)
-
-    def pack(self, pack: Sequence[Planned]) -> float:
-        """Of a pack whose documents do not see each other."""
-        return sum(
-            self.token * planned.tokens
-            + self.image * planned.panels
-            + self.pair * planned.tokens * (planned.tokens + 1) / 2
-            for planned in pack
-        )
+def pack_flops(flops: Flops, pack: Sequence[Planned]) -> float:
+    """Those of a pack whose documents do not see each other, every position a target."""
+    return sum(flops.step(planned.tokens, planned.panels, planned.tokens, (planned.tokens + 1) / 2) for planned in pack)
 
 
 def first_packs(recipe: Recipe, planner: Planner, count: int) -> Table:

@@ -16,7 +16,7 @@ from mmtrain.config.schema import Recipe
 from mmtrain.config.tokens import TokenKind
 from mmtrain.data.loader import Loader
 from mmtrain.data.tokenizer import Tokenizer
-from mmtrain.model.build import parameter_counts, training_flops
+from mmtrain.model.build import Flops, parameter_counts
 from mmtrain.run.guard import EXIT_STOPPED, STOP_FILE
 from mmtrain.run.metrics import NAME as METRICS
 from mmtrain.run.metrics import read_metrics
@@ -67,7 +67,7 @@ def step_cost(recipe: Recipe) -> Cost:
             images += sum(int(batch.image_valid.sum()) for batch in step.micro_batches)
             targets += step.label_weight
     context = recipe.data.sequence_length / 2
-    flops = training_flops(recipe.model, tokens, images, targets, context)
+    flops = Flops.of(recipe.model).step(tokens, images, targets, context)
     return Cost(tokens / SAMPLED_STEPS, flops / SAMPLED_STEPS)
 
 

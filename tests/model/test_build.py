@@ -7,7 +7,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from mmtrain.config.schema import Connector, Decoder, Model, Moe, Vision
-from mmtrain.model.build import Count, meta_model, parameter_counts, training_flops
+from mmtrain.model.build import Count, Flops, meta_model, parameter_counts
 from mmtrain.model.stepio import first_inputs
 from tests.model.small import ALL_PARTS, DENSE, built, micro, sparse
 
@@ -60,7 +60,7 @@ def test_the_formula_counts_what_torch_counts(kind: str) -> None:
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # it does not know the CPU's kernel
         built(model)(batch, first_inputs(model), logits_at=(batch.weights > 0).flatten().nonzero().squeeze(1))
     length = tokens + 3
-    want = training_flops(model, tokens=2 * length, images=2, targets=6, context=length) / 3
+    want = Flops.of(model).step(tokens=2 * length, images=2, targets=6, context=length) / 3
     # The formula knows no depthwise convolution, and takes squeeze-excitation to run at every cell.
     assert counter.get_total_flops() == pytest.approx(want, rel=0.02 if kind == "c_abstractor" else 1e-6)
 
@@ -70,4 +70,5 @@ def test_active_flops_of_experts_are_those_of_top_k_of_them() -> None:
     wide = replace(DENSE, decoder=replace(DENSE.decoder, intermediate_size=2 * DENSE.decoder.intermediate_size))
     router = 3 * 2 * 10.0 * DENSE.decoder.num_layers * 4 * DENSE.decoder.hidden_size
     case = {"tokens": 10.0, "images": 0.0, "targets": 5.0, "context": 4.0}
-    assert training_flops(sparse(DENSE, "decoder"), **case) == pytest.approx(training_flops(wide, **case) + router)
+    found = Flops.of(sparse(DENSE, "decoder")).step(**case)
+    assert found == pytest.approx(Flops.of(wide).step(**case) + router)
