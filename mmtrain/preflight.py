@@ -5,7 +5,9 @@ from mmtrain.config.errors import ConfigError
 from mmtrain.config.schema import Model, Recipe
 from mmtrain.data.index import open_folder
 from mmtrain.data.tokenizer import Tokenizer
+from mmtrain.model.build import parameter_counts
 from mmtrain.mup.scales import base_model_config
+from mmtrain.parallel.mesh import Mesh
 
 
 def preflight(recipe: Recipe, world_size: int | None) -> None:
@@ -22,6 +24,20 @@ def preflight(recipe: Recipe, world_size: int | None) -> None:
     for source in (*recipe.data.sources.values(), *held_out):
         if source.weight > 0:
             open_folder(source.shards, tokenizer)
+
+
+def summary(recipe: Recipe, world_size: int) -> str:
+    """What a recipe that passed on `world_size` ranks amounts to, in two lines."""
+    data, layout = recipe.data, recipe.parallel
+    mesh = Mesh(world_size, layout.tensor, layout.expert)
+    counts = parameter_counts(recipe.model)["all"]
+    parts = data.global_batch // (data.micro_batch * mesh.data)
+    return (
+        f"{recipe.name}: recipe, tokenizer and shards pass for {mesh}, ZeRO-{layout.zero_stage}\n"
+        f"{counts.total:,} parameters, {counts.active:,} active for a token; a step of {data.global_batch} packs of "
+        f"{data.sequence_length} positions is {parts} micro-batch{'es' if parts > 1 else ''} of {data.micro_batch} on "
+        "each data rank"
+    )
 
 
 def check_vocabulary(model: Model, tokenizer: Tokenizer) -> None:

@@ -136,6 +136,17 @@ def test_check_stops_after_a_step_of_data(file: str, tmp_path: Path) -> None:
     assert again.code == 0 and "all 1 steps are done" in again.log, again.log
 
 
+def test_check_for_ranks_that_are_not_there(file: str, tmp_path: Path) -> None:
+    ended = train(tmp_path, file, "--check", "--ranks", "2", "parallel.expert=2")
+    assert ended.code == 0, ended.log
+    assert "recipe, tokenizer and shards pass for 2 ranks = 2 data x 1 tensor, 2 expert, ZeRO-1" in ended.log
+    assert "a step of 4 packs of 80 positions is 2 micro-batches of 1 on each data rank" in ended.log
+    assert not (tmp_path / "run").exists()
+    assert_one_error(train(tmp_path, file, "--check", "--ranks", "3"), "cannot run on 3 ranks", "data.global_batch=4")
+    assert_one_error(train(tmp_path, file, "--ranks", "2"), "--ranks belongs to --check")
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize(("window", "steps"), [("2:2", {2}), ("3:9", {3})], ids=["inside", "cut short"])
 def test_profile_writes_a_trace(file: str, tmp_path: Path, window: str, steps: set[int]) -> None:
     ended = train(tmp_path, file, "steps=3", "--profile", window)
