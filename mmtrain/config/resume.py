@@ -28,10 +28,15 @@ ALWAYS_FREE = (
     "data.cache",
     "data.allow_pipes",
     "data.cache_gib",
-    "data.skip_packs",  # what a person leaves out after having seen it
+    "data.skip_packs",  # what a person leaves out, or puts up with, after having seen it
+    "data.max_bad_fraction",
     "data.micro_batch",  # how the global batch is cut: layout, like the world size
 )
-"""Keys and sections that change how a run is done or watched, never what it computes."""
+"""Keys and sections that a run may change between two starts.
+
+How it is laid out and watched, which changes no number; its length, which stretches a schedule that decays; and what a
+person decides after having seen it.
+"""
 
 
 def resume_differences(old: Recipe, new: Recipe) -> tuple[list[str], list[str]]:

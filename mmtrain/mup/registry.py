@@ -7,7 +7,6 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
 
 from torch import nn
 
@@ -82,10 +81,6 @@ class Registry:
             for name, entry in sorted(self.entries.items())
         ]
         return hashlib.sha256(json.dumps(rows, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
-
-    def as_json(self) -> dict[str, dict[str, Any]]:
-        """Every entry as plain values, for manifests and reports."""
-        return {name: asdict(entry) for name, entry in self.entries.items()}
 
 
 def is_expert(name: str) -> bool:

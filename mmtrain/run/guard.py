@@ -143,8 +143,8 @@ class Guard:
             keys = shortened([key for pack in pack_keys for key in pack], 8)
             raise TrainingStopped(
                 f"step {step}: {' and '.join(wrong)}; that is unusable step {self.skips} of this run, guard.max_skips "
-                f"is {self._options.max_skips}. Samples of the step: {keys}. Lower optim.lr, look at these "
-                "samples, or go on from the last checkpoint with guard.skip_steps."
+                f"is {self._options.max_skips}. Samples of the step: {keys}. Lower optim.lr (and name it "
+                "in resume_allow), look at these samples, or go on from the last checkpoint with guard.skip_steps."
             )
         return " and ".join(wrong)
 
@@ -171,8 +171,8 @@ class Guard:
         if self.rollbacks >= self._options.max_rollbacks:
             raise TrainingStopped(
                 f"steps {self._row[0]} to {self._row[-1]} were unusable, after the weights went back "
-                f"{self.rollbacks} times; guard.max_rollbacks is {self._options.max_rollbacks}. Lower optim.lr, or "
-                "start from an older checkpoint."
+                f"{self.rollbacks} times; guard.max_rollbacks is {self._options.max_rollbacks}. Lower optim.lr "
+                "(and name it in resume_allow), or start from an older checkpoint."
             )
         return self._before or self._row[0]
 

@@ -28,6 +28,7 @@ def test_equal_recipes_differ_in_nothing():
         ({"out": "elsewhere"}, "out: runs/sample -> elsewhere"),
         ({"data__workers": 4}, "data.workers: 1 -> 4"),
         ({"data__skip_packs": [7]}, "data.skip_packs: [] -> [7]"),
+        ({"data__max_bad_fraction": 0.5}, "data.max_bad_fraction: 0.01 -> 0.5"),
         ({"data__micro_batch": 4}, "data.micro_batch: 1 -> 4"),
     ],
 )

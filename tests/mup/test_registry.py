@@ -1,4 +1,3 @@
-import json
 from dataclasses import replace
 
 import pytest
@@ -83,17 +82,6 @@ def test_the_hash_sees_widths_bases_and_roles_and_nothing_else():
         declare(one.vision.positions, replace(one.vision.positions.role, kind="matrix"))
     others.append(Registry.build(model, base, Mup()))
     assert len({reference, *(other.hash() for other in others)}) == 5
-
-
-def test_the_table_survives_json():
-    registry = build()
-    table = json.loads(json.dumps(registry.as_json()))
-    entry = registry["vision.blocks.0.mlp.experts.up"]
-    row = table["vision.blocks.0.mlp.experts.up"]
-    assert table.keys() == registry.entries.keys()
-    assert (row["shape"], row["m_in"], row["lr_mult"]) == ([4, 24, 64], 4.0, 0.25)
-    assert row["role"] == {"kind": "matrix", "fan_in": 64, "fan_out": 24, "init": "normal", "std": None, "rows": None}
-    assert row["init_std"] == entry.init_std
 
 
 def test_experts_are_known_by_name():
