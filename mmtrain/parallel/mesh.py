@@ -61,6 +61,14 @@ class Mesh:
         """Which copy of its experts the rank holds."""
         return self.data_rank(rank) // self.expert
 
+    def tensor_groups(self) -> list[list[int]]:
+        """Ranks that share a matrix, one list a group."""
+        return self._groups(lambda rank: self.data_rank(rank))
+
+    def data_groups(self) -> list[list[int]]:
+        """Ranks with the same slice of the matrices and different packs."""
+        return self._groups(lambda rank: self.tensor_rank(rank))
+
     def expert_groups(self) -> list[list[int]]:
         """Ranks that exchange tokens: together they hold every expert."""
         return self._groups(lambda rank: (self.replica(rank), self.tensor_rank(rank)))
