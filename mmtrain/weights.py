@@ -4,6 +4,7 @@ a part, or dense MLPs copied into experts.
 Everything here makes one tensor, or this rank's box of it, at a time.
 """
 
+import math
 from pathlib import Path
 
 import torch
@@ -25,6 +26,7 @@ from mmtrain.model.upcycle import (
 from mmtrain.model.vision import interpolate_positions
 from mmtrain.mup.init import initial, initial_expert
 from mmtrain.mup.registry import Registry, is_expert
+from mmtrain.mup.scales import forward_factors
 from mmtrain.parallel.box import Box
 from mmtrain.run.comm import Comm
 from mmtrain.run.manifest import shortened
@@ -75,6 +77,7 @@ class Weights:
             self._plan = plan_weights(shapes, given, made, label=label)
             self._check_upcycle()
             self._check_pretrained()
+            self._check_factors()
             self.report = self._plan.report(shapes, given)
             if isinstance(self._source, Pretrained) and self._source.unread:
                 self.report += "\n" + section("never read", self._source.unread)
@@ -101,6 +104,28 @@ class Weights:
                 f"{self.label}: {len(fresh)} weights of the model have no tensor there ({shortened(fresh) or 'none'}), "
                 f"{len(lost)} tensors no weight in the model ({shortened(lost) or 'none'}). Make the recipe's model "
                 "that of its config.json."
+            )
+
+    def _check_factors(self) -> None:
+        """The parts that init_from gives compute what they did there: muP's factors of the forward are not weights."""
+        if not isinstance(self._source, Reader):
+            return
+        parent = load(self._source.folder / RECIPE)
+        there = forward_factors(parent.model, parent.mup)
+        here = forward_factors(self._recipe.model, self._recipe.mup)
+        plan = self._plan
+        taken = {name.partition(".")[0] for name in (*plan.loaded, *plan.upcycled, *plan.interpolated)}
+        differing = [
+            f"{name} {there[name]:.4g} there, {factor:.4g} here"
+            for name, factor in here.items()
+            if name in there and name.rpartition(" ")[2] in taken and not math.isclose(there[name], factor)
+        ]
+        if differing:
+            raise ConfigError(
+                f"init_from {self.label} was trained with other factors in its forward ({'; '.join(differing)}): the "
+                "same weights would compute another function here. Train it with this recipe's mup.base, multipliers "
+                "and head sizes, or take its own; a part that was trained without mup.base has its own widths as base: "
+                "leave it out of mup.base"
             )
 
     def make(self, name: str, box: Box) -> torch.Tensor:

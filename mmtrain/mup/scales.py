@@ -55,6 +55,22 @@ def forward_scales(model: Model, base: Model, mup: Mup) -> Scales:
     )
 
 
+def forward_factors(model: Model, mup: Mup) -> dict[str, float]:
+    """The same factors as numbers, by name and part: those of attention stand for 1/sqrt(head size) too.
+
+    ConfigError: the base widths cannot be.
+    """
+    scales = forward_scales(model, base_model_config(model, mup.base), mup)
+    attention = {
+        "attention of vision": (scales.attention_vision, _head_size(model.vision)),
+        "attention of decoder": (scales.attention_decoder, model.decoder.head_dim),
+    }
+    if model.connector.kind == "attention_pool":
+        attention["attention of connector"] = scales.attention_connector, _head_size(model.connector)
+    found = {name: size**-0.5 if factor is None else factor for name, (factor, size) in attention.items()}
+    return {**found, "embedding of decoder": scales.embedding, "output of decoder": scales.output}
+
+
 def _at_base(part: str, config: Any, widths: dict[str, int], problems: list[str]) -> Any:
     """The part's config with the widths replaced; what is wrong with them is added to `problems`."""
     changes = {}

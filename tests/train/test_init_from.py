@@ -9,13 +9,18 @@ from typing import NamedTuple
 import pytest
 import torch
 
+from mmtrain.assemble import blueprint
+from mmtrain.config.errors import ConfigError
 from mmtrain.config.load import dump
-from mmtrain.config.schema import Recipe, Upcycle, UpcyclePart
+from mmtrain.config.schema import Connector, Mup, Recipe, Upcycle, UpcyclePart
 from mmtrain.parallel.box import Box, Piece
 from mmtrain.run.comm import SingleProcess
 from mmtrain.run.manifest import RunState
-from mmtrain.run.saver import Saver
-from tests.train import jobs, tasks
+from mmtrain.run.saver import Saver, write_whole
+from mmtrain.start import write_start
+from mmtrain.weights import Weights, stored_shapes
+from tests.data.inputs import tokenizer
+from tests.train import jobs, tasks, tiny
 from tests.train.tiny import SPARSE, curve, last, model, tensors
 
 
@@ -101,3 +106,50 @@ def test_a_checkpoint_that_shares_no_name_is_refused(make: Callable[..., Recipe]
     ended = jobs.run(tmp_path, tasks.trained, recipe)
     assert ended.value.startswith("CheckpointError: init_from: none of the checkpoint's 1 tensors (transformer.wte)")
     assert ended.value.endswith("Is it the right checkpoint?")
+
+
+HALF = {"decoder": {"hidden_size": 16, "head_dim": 4}}
+POOLED = Connector(kind="attention_pool", num_tokens=4, hidden_size=16, num_heads=2)
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
+    """A parent in SP, with attention in all three parts."""
+    folder = tmp_path_factory.mktemp("plain")
+    pooled = tiny.recipe(folder, folder / "run", tokenizer(), mup=Mup(), model=replace(model(), connector=POOLED))
+    write_start(pooled, tokenizer(), folder / "run")
+    return pooled
+
+
+def weights(child: Recipe) -> Weights:
+    return Weights(child, blueprint(child)[1], SingleProcess())
+
+
+@pytest.mark.parametrize(
+    ("mup", "told"),
+    [
+        ({"base": HALF}, "attention of decoder 0.3536 there, 0.25 here; output of decoder 1 there, 0.5 here"),
+        ({"base": {"vision": {"hidden_size": 8}}}, "attention of vision 0.3536 there, 0.25 here"),
+        ({"base": {"connector": {"num_heads": 1}}}, "attention of connector 0.3536 there, 0.5 here"),
+        ({"embedding": 4.0}, "embedding of decoder 1 there, 4 here"),
+        ({"cross_attention": 2.0}, "attention of connector 0.3536 there, 0.7071 here"),
+    ],
+)
+def test_weights_that_would_compute_another_function_are_refused(plain: Recipe, mup: dict, told: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        weights(replace(plain, init_from=plain.out, mup=Mup(**mup)))
+    start = f"init_from {plain.out} was trained with other factors in its forward ({told}): the same weights would"
+    assert str(refused.value).startswith(start) and "leave it out of mup.base" in str(refused.value)
+
+
+def test_factors_that_no_loaded_weight_meets_may_differ(plain: Recipe, tmp_path: Path) -> None:
+    # rates, fresh routers and a base that changes no factor are the child's own, and so is a part that starts anew
+    widths = {"decoder": {"intermediate_size": 24}}
+    tuned = Mup(base=widths, init=0.5, router=2.0, lr={"decoder": 0.1})
+    assert weights(replace(plain, init_from=plain.out, mup=tuned)).report
+    towers = replace(plain, init_from=str(tmp_path / "towers"), mup=Mup(base=HALF, embedding=4.0, output=3.0))
+    source = weights(replace(plain, init_from=plain.out))
+    shapes = {name: shape for name, shape in stored_shapes(blueprint(plain)[1]).items() if name.startswith("vision.")}
+    vision = ((name, source.make(name, Box.whole(shape))) for name, shape in shapes.items())
+    write_whole(tmp_path / "towers", 1, vision, RunState(0, dump(plain), {}, "none"), {})
+    assert weights(towers).report
