@@ -1,6 +1,7 @@
 """Micro-batches on their way to the device."""
 
 from collections.abc import Iterator, Sequence
+from functools import cache
 
 import torch
 
@@ -17,7 +18,7 @@ def on_device(batches: Sequence[Batch], device: torch.device) -> Iterator[Batch]
         for batch in batches:
             yield batch.to(device)
         return
-    copying, working = torch.cuda.Stream(device), torch.cuda.current_stream(device)
+    copying, working = _copying(device), torch.cuda.current_stream(device)
 
     def start(batch: Batch) -> Batch:
         with torch.cuda.stream(copying):
@@ -32,3 +33,9 @@ def on_device(batches: Sequence[Batch], device: torch.device) -> Iterator[Batch]
         if after is not None:
             following = start(after)
         yield ready
+
+
+@cache
+def _copying(device: torch.device) -> torch.cuda.Stream:
+    """The stream of all copies to a device: memory that one stream has freed is not given to another."""
+    return torch.cuda.Stream(device)

@@ -86,8 +86,9 @@ class Groups:
         return tensor
 
     def barrier(self) -> None:
-        """Wait for all ranks."""
-        self.sum_over_world(torch.zeros((), device=self.device))
+        """Return when every rank is here."""
+        # NCCL's collectives return at once: it is reading the sum that waits.
+        self.sum_over_world(torch.zeros((), device=self.device)).item()
 
     def all_gather_object(self, value: Any) -> list[Any]:
         """`value` of every rank, in rank order, on every rank. Anything that pickle takes."""

@@ -119,6 +119,7 @@ class FlatState:
         """See ZeroState."""
         opt = self._optimizer
         if self._offload:
+            opt._wait_for_offload_copies()  # on CUDA the last backward's are under way; only its own step() waits
             for shard in self.shards():
                 yield shard.name, shard.of(shard.holder.grad, shard.start, shard.stop)
             return

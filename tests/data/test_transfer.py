@@ -23,23 +23,29 @@ def test_batches_arrive_in_order() -> None:
 
 def test_on_a_gpu_the_next_copy_begins_before_the_model_gets_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     """No GPU is needed: what is checked is the order of calls, every device function being a stand-in."""
-    sent, events, kept = batches(), [], set()
+    sent, events, kept, made = batches(), [], set(), []
 
     class Stream:
-        def __init__(self, _: object = None) -> None: ...
+        def __init__(self, _: object = None) -> None:
+            made.append(self)
 
         def wait_stream(self, _: object) -> None:
             events.append("wait")
 
     monkeypatch.setattr(torch.cuda, "Stream", Stream)
-    monkeypatch.setattr(torch.cuda, "current_stream", Stream)
+    working = Stream()
+    made.clear()
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: working)
     monkeypatch.setattr(torch.cuda, "stream", lambda _: nullcontext())
     monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, _: kept.add(id(tensor)))
     monkeypatch.setattr(Batch, "pinned", lambda batch: batch)
     monkeypatch.setattr(Batch, "to", lambda batch, _: (events.append(f"copy {sent.index(batch)}"), batch)[1])
     monkeypatch.setattr(Batch, "__eq__", lambda batch, other: batch is other)
-    for number, batch in enumerate(on_device(sent[:3], torch.device("cuda"))):
+    device = torch.device("cuda", 9)  # of this test alone: its stream is kept
+    for number, batch in enumerate(on_device(sent[:3], device)):
         assert batch is sent[number]
         assert kept >= {id(tensor) for tensor in batch.tensors().values()}, "memory given to others while it is read"
         events.append(f"model {number}")
     assert events == ["copy 0", "wait", "copy 1", "model 0", "wait", "copy 2", "model 1", "wait", "model 2"]
+    list(on_device(sent[:1], device))
+    assert len(made) == 1, "each step would reserve memory of its own for its copies"

@@ -1,6 +1,7 @@
 """Process groups: megatron-core's are the mesh's, the small collectives, and a port that is taken."""
 
 import socket
+from types import SimpleNamespace
 
 import pytest
 import torch.distributed as dist_
@@ -8,7 +9,7 @@ import torch.distributed as dist_
 from mmtrain.config.errors import ConfigError
 from mmtrain.config.schema import Parallel
 from mmtrain.parallel.environment import Place
-from mmtrain.parallel.groups import connect
+from mmtrain.parallel.groups import Groups, connect
 from tests import dist
 
 
@@ -35,6 +36,14 @@ def test_groups_and_collectives_on_two_ranks(parallel: Parallel) -> None:
     for found in dist.run(use_groups, 2, parallel):
         assert found["same"]
         assert found["objects"] == [{"rank": 0}, {"rank": 1}]
+
+
+def test_a_barrier_waits_for_its_sum() -> None:
+    """NCCL would return before the others are there; a stand-in for its tensor knows whether somebody read it."""
+    read = []
+    total = SimpleNamespace(item=lambda: read.append(True))
+    Groups.barrier(SimpleNamespace(device="cpu", sum_over_world=lambda _: total))
+    assert read
 
 
 def join_on_a_taken_port() -> str:

@@ -2,6 +2,7 @@
 any length on tensor ranks that share positions."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from mmtrain.mup.registry import Registry
 from mmtrain.parallel.groups import connect
 from mmtrain.parallel.materialize import fill
 from mmtrain.parallel.tensor import shard
+from mmtrain.parallel.zero_state import FlatState, Shard
 from tests import dist, tiny
 from tests.parallel import compare, harness
 from tests.parallel.compare import TOLERANCE, distance
@@ -152,3 +154,14 @@ def test_tensor_ranks_that_share_positions_read_texts_of_any_length_and_position
         assert (
             rank["refused"] == f"2 tensor ranks cannot share {odd_length()} positions: the recipe's check was not run"
         )
+
+
+def test_offloaded_gradients_are_read_when_their_copies_have_arrived(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No GPU is needed: DeepSpeed's optimizer is a stand-in whose copies arrive when they are waited for."""
+    holder = torch.zeros(3)
+    holder.grad = torch.zeros(3)
+    optimizer = SimpleNamespace(_wait_for_offload_copies=lambda: holder.grad.fill_(2.0))
+    state = FlatState(optimizer, {}, offload=True)
+    monkeypatch.setattr(state, "shards", lambda: [Shard("weight", 0, 3, holder, 0)])
+    ((name, gradient),) = [(name, gradient.clone()) for name, gradient in state.gradients()]
+    assert name == "weight" and gradient.tolist() == [2.0, 2.0, 2.0]
