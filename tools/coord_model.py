@@ -135,7 +135,7 @@ def train(made: Setup, seed: int, steps: int) -> tuple[dict[str, float], list[st
 
 
 def wrong_factors(made: Setup, model: VisionLanguageModel, seen: Recording, batch: Batch) -> list[str]:
-    """Factors measured in the forward that are not those of DESIGN section 7: on attention logits and on logits."""
+    """Factors measured in the forward that are not muP's (mmtrain/mup/scales.py): on attention logits and on logits."""
     config, base, tuned = made.recipe.model, made.base, made.recipe.mup
     sizes = {
         "vision": [part.hidden_size // part.num_heads for part in (config.vision, base.vision)],

@@ -16,7 +16,7 @@ def layout_problems(recipe: Recipe, world_size: int | None) -> Iterator[str]:
 
 
 def engine_problems(layout: Parallel) -> Iterator[str]:
-    """Pairs of settings that DeepSpeed gets wrong or refuses (DESIGN section 5, traps 4 and 14)."""
+    """Pairs of settings that DeepSpeed gets wrong or refuses (mmtrain/parallel/README.md, traps 4 and 14)."""
     if layout.zero_stage == 0 and layout.expert > 1:
         yield (
             f"parallel.zero_stage=0 with parallel.expert={layout.expert} clips with a wrong gradient norm; "

@@ -14,7 +14,7 @@ Kind = Literal["input", "matrix", "vector", "head", "router"]
 
 @dataclass(frozen=True)
 class Role:
-    """What a weight is, by Tensor Programs V (arXiv:2203.03466) with the rules of DESIGN section 7.
+    """What a weight is, by Tensor Programs V (arXiv:2203.03466) with the rules of mmtrain/mup/rules.py.
 
     kind     input: finite -> wide (embeddings, patch conv, positions, depthwise conv); matrix: linear maps (a fixed
              fan-in or fan-out is found by comparing with the base); vector: gains and biases; head: wide -> logits;
