@@ -8,10 +8,12 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from mmtrain.config.errors import CheckpointError
+from mmtrain.run.report import commit
 
 NAME = "manifest.json"
 FORMAT = "mmtrain checkpoint"
@@ -60,6 +62,8 @@ class Manifest:
     state: RunState
     files: dict[str, FileRecord]
     tensors: dict[str, tuple[int, ...]]
+    commit: str = ""
+    """Of the source tree that wrote it; empty outside git, and where this was not kept yet."""
 
 
 def encode(manifest: Manifest) -> bytes:
@@ -68,6 +72,7 @@ def encode(manifest: Manifest) -> bytes:
     values: dict[str, Any] = {
         "format": FORMAT,
         "version": VERSION,
+        "commit": this_commit(),
         "step": manifest.step,
         **{name: getattr(state, name) for name in RunState.__dataclass_fields__},
         "files": {name: {"size": record.size, "sha256": record.sha256} for name, record in manifest.files.items()},
@@ -76,6 +81,10 @@ def encode(manifest: Manifest) -> bytes:
     lines = [f"{json.dumps(key)}: {_dump(value)}," for key, value in values.items()]
     body = ("{\n" + "\n".join(lines) + "\n").encode()
     return body + _seal(body)
+
+
+this_commit = lru_cache(commit)
+"""Asked of git once."""
 
 
 def _dump(value: Any) -> str:
@@ -102,13 +111,14 @@ def decode(data: bytes, folder: Path) -> Manifest:
     if values.get("version") != VERSION:
         raise CheckpointError(
             f"{folder}: {NAME} has version {values.get('version')}; this mmtrain reads version {VERSION}. "
-            "Read it with the mmtrain that wrote it."
+            f"Read it with the mmtrain that wrote it, commit {values.get('commit') or 'unknown'}."
         )
     return Manifest(
         step=values["step"],
         state=RunState(**{name: values[name] for name in RunState.__dataclass_fields__ if name in values}),
         files={name: FileRecord(**record) for name, record in values["files"].items()},
         tensors={name: tuple(shape) for name, shape in values["tensors"].items()},
+        commit=values.get("commit", ""),
     )
 
 

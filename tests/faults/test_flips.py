@@ -39,7 +39,7 @@ def test_a_whole_checkpoint_is_described(run: Recipe, steps: list[str], tmp_path
     ended = jobs.run(tmp_path, flips.inspect, str(run.out), "--tensors")
     assert ended.code == 0, ended.log
     assert f"{steps[-1]}: whole; 3 files, " in ended.log and "step 4, 4 updates, registry " in ended.log
-    assert "written by expert 1, tensor 1, world 1, zero_stage 2" in ended.log
+    assert "written by expert 1, tensor 1, world 1, zero_stage 2, at commit " in ended.log
     assert "  decoder.embedding.weight [400, 32]" in ended.log
     same = jobs.run(tmp_path, flips.inspect, steps[-1], steps[-1])
     assert same.code == 0 and "\n0 differences; " in same.log, same.log

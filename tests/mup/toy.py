@@ -63,7 +63,7 @@ def toy(w: Widths, device: str = "meta") -> nn.Module:
 
 
 def closed_form(w: Widths, b: Widths) -> dict[str, tuple[float, float, float, float]]:
-    """Name -> (init std, lr, decay, eps) by the table of mmtrain/mup/rules.py, written out by hand, for widths `w` against the base `b`."""
+    """Name -> (init std, lr, decay, eps) by the table of mmtrain/mup/rules.py, for widths `w` against the base `b`."""
     v, c, d = w.vision / b.vision, w.connector / b.connector, w.decoder / b.decoder
     e, kv, ffn = w.expert_ffn / b.expert_ffn, w.kv / b.kv, w.ffn / b.ffn
     base = {"v": b.vision**-0.5, "e": b.expert_ffn**-0.5, "c": b.connector**-0.5, "d": b.decoder**-0.5}

@@ -99,10 +99,13 @@ def test_a_file_that_the_manifest_does_not_name_is_damage(folder):
 
 def test_an_unknown_version_says_both(folder, monkeypatch):
     monkeypatch.setattr(manifest, "VERSION", 2)
+    monkeypatch.setattr(manifest, "this_commit", lambda: "0123abc")
     data = manifest.encode(Manifest(1, STATE, {"a": FileRecord(1, "00")}, {}))
     monkeypatch.undo()
     (folder / manifest.NAME).write_bytes(data)
-    with pytest.raises(CheckpointError, match=r"has version 2; this mmtrain reads version 1. Read it with the mmtrain"):
+    with pytest.raises(
+        CheckpointError, match=r"has version 2; .* version 1. Read it .* wrote it, commit 0123abc"
+    ):
         open_checkpoint(folder)
 
 
