@@ -103,9 +103,7 @@ def test_an_unknown_version_says_both(folder, monkeypatch):
     data = manifest.encode(Manifest(1, STATE, {"a": FileRecord(1, "00")}, {}))
     monkeypatch.undo()
     (folder / manifest.NAME).write_bytes(data)
-    with pytest.raises(
-        CheckpointError, match=r"has version 2; .* version 1. Read it .* wrote it, commit 0123abc"
-    ):
+    with pytest.raises(CheckpointError, match=r"has version 2; .* version 1. Read it .* wrote it, commit 0123abc"):
         open_checkpoint(folder)
 
 
