@@ -226,6 +226,14 @@ def _eval(recipe: Recipe) -> Iterator[str]:
             f"eval.every={measured.every} has nothing to measure; "
             "give eval.sources or eval.matching, or set eval.every=0"
         )
+    if measured.every and measured.sources and not any(source.weight for source in measured.sources.values()):
+        yield f"eval.sources: every weight is 0 ({', '.join(measured.sources)}); raise one, or set eval.every=0"
+    for name, source in measured.sources.items():
+        if source.max_epochs:
+            yield (
+                f"eval.sources.{name}.max_epochs={source.max_epochs:g}: a held-out source is read once at most, up to "
+                "eval.batches; leave it out"
+            )
 
 
 def _mup(recipe: Recipe) -> Iterator[str]:

@@ -206,6 +206,14 @@ ONE_RANK = [
         {"eval__every": 5},
         "eval.every=5 has nothing to measure; give eval.sources or eval.matching, or set eval.every=0",
     ),
+    (
+        {"eval": Eval(every=5, sources={"a": Source("x", 0.0), "b": Source("y", 0.0)})},
+        "eval.sources: every weight is 0 (a, b); raise one, or set eval.every=0",
+    ),
+    (
+        {"eval": Eval(every=5, sources={"a": Source("x", max_epochs=2.0)})},
+        "eval.sources.a.max_epochs=2: a held-out source is read once at most, up to eval.batches; leave it out",
+    ),
     ({"mup__lr": {"vison": 2.0}}, "mup.lr.vison: no such part (did you mean vision?)"),
     ({"mup__base": {"decodr": {}, "vision": {}}}, "mup.base.decodr: no such part (did you mean decoder?)"),
     (
