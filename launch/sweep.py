@@ -47,16 +47,17 @@ def main() -> int:
 
 
 def watch(study) -> int:
-    """Show the table until no trial waits or runs."""
+    """Show the table until no trial runs and none is to come."""
     from rich.live import Live
 
+    from mmtrain.sweep.study import to_come
     from mmtrain.sweep.summary import table
 
     with Live(auto_refresh=False) as live:
         while True:
             trials = study.trials()
             live.update(table(study.sweep, trials), refresh=True)
-            if trials and all(trial.state not in ("waiting", "running") for trial in trials):
+            if not any(trial.state == "running" for trial in trials) and not to_come(study.sweep, trials):
                 return 0
             time.sleep(LOOK_SECONDS)
 

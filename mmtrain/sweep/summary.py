@@ -9,7 +9,7 @@ from statistics import mean
 from rich.table import Table
 
 from mmtrain.sweep.spec import VARIANT, Sweep
-from mmtrain.sweep.study import Trial
+from mmtrain.sweep.study import Trial, to_come
 
 SHOWN = 12
 """Best trials in the table."""
@@ -18,10 +18,10 @@ SHOWN = 12
 def table(sweep: Sweep, trials: list[Trial]) -> Table:
     """How many trials there are of each state, and the best ones."""
     counts = {
-        state: sum(trial.state == state for trial in trials) for state in ("done", "diverged", "pruned", "running")
+        state: sum(trial.state == state for trial in trials)
+        for state in ("done", "diverged", "pruned", "failed", "running")
     }
-    waiting = max(sweep.trials - len(trials), 0) + sum(trial.state == "waiting" for trial in trials)
-    words = ", ".join(f"{count} {state}" for state, count in [*counts.items(), ("to come", waiting)])
+    words = ", ".join(f"{count} {state}" for state, count in [*counts.items(), ("to come", to_come(sweep, trials))])
     keys = _keys(sweep)
     found = Table(title=f"{sweep.name}: {words}", title_justify="left")
     for column in ("trial", "loss", *keys, "seed", "steps"):

@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from mmtrain.config.errors import ConfigError
 from mmtrain.config.schema import Recipe
 from mmtrain.config.tokens import TokenKind
 from mmtrain.data.loader import Loader
@@ -71,18 +70,20 @@ def step_cost(recipe: Recipe) -> Cost:
     return Cost(tokens / SAMPLED_STEPS, flops / SAMPLED_STEPS)
 
 
-def ensure(recipe: Recipe) -> Path:
-    """The newest checkpoint of `recipe`, trained now if it is not there. The caller holds off other workers.
-
-    ConfigError: it was stopped before its end.
-    """
+def ensure(recipe: Recipe) -> int:
+    """Train `recipe` to its end unless it has been; the exit code. The caller holds off other workers."""
     out = Path(recipe.out)
-    if not (out / "report.json").exists() or not committed(out):
-        code = train(recipe)
+    if (out / "report.json").exists() and committed(out):
+        return 0
+    try:
+        return train(recipe)
+    finally:
         _forget()
-        if code:
-            raise ConfigError(f"parent {recipe.name} stopped with code {code} before its end; the same command goes on")
-    return list(committed(out).values())[-1]
+
+
+def newest(recipe: Recipe) -> Path:
+    """The last checkpoint of a recipe that was trained."""
+    return list(committed(Path(recipe.out)).values())[-1]
 
 
 def run_trial(recipe: Recipe, objective: str, judge: Judge) -> Outcome:
@@ -160,10 +161,17 @@ class _Watcher:
 
 
 def _curve(out: Path) -> Curve:
-    """The logged training losses so far; infinite where a step's was not a number."""
+    """The logged training losses so far; infinite where the step had a loss or gradient that was not a number.
+
+    The guard leaves such a step out, and the held-out loss of weights that no longer move is finite.
+    """
     path = out / METRICS
     lines = read_metrics(path) if path.exists() else []
-    return [(line["step"], math.inf if line["language_loss"] is None else line["language_loss"]) for line in lines]
+    numbers = ("language_loss", "loss", "grad_norm")
+    return [
+        (line["step"], math.inf if any(line[name] is None for name in numbers) else line["language_loss"])
+        for line in lines
+    ]
 
 
 def _diverged(curve: Curve) -> bool:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from mmtrain.config.errors import ConfigError
-from mmtrain.run.lock import RunLock
+from mmtrain.run.lock import InUse, RunLock
 from tests.run.ranks import on_ranks
 
 HOLDER = """
@@ -73,7 +73,7 @@ def test_release_lets_the_next_job_in(tmp_path, holder):
 def test_all_ranks_are_refused_together(tmp_path, holder):
     holder()
     results = on_ranks(2, lambda comm: RunLock(tmp_path / "run", comm))
-    assert [type(result) for result in results] == [ConfigError, ConfigError]
+    assert [type(result) for result in results] == [InUse, InUse]
     assert str(results[0]) == str(results[1])
 
 
