@@ -107,6 +107,14 @@ def test_a_task_gets_the_cores_that_were_asked_for(sbatch) -> None:
     )
 
 
+@pytest.mark.parametrize(("code", "requeued"), [(0, False), (2, False), (75, True), (1, False)])
+def test_a_sweeps_worker_is_requeued_when_it_was_told_to_stop(sbatch, code: int, requeued: bool) -> None:
+    job = sbatch(SAVE.format(code=code), arguments=("--sweep", "sweep.yaml"))
+    assert (job.code, job.requeued, job.stderr) == (code, requeued, "")
+    (call,) = job.srun
+    assert call.endswith(f"{sys.executable} launch/sweep.py sweep.yaml")
+
+
 def test_a_mistake_in_the_recipe_starts_no_rank(sbatch) -> None:
     job = sbatch(END.format(code=0), arguments=("recipe.yaml", "stepps=3"))
     assert (job.code, job.requeued, job.srun) == (2, False, [])
