@@ -92,6 +92,23 @@ def _experts(recipe: Recipe) -> Iterator[str]:
                 f"model.{part}.moe.num_experts={moe.num_experts} is not a multiple of parallel.expert={expert}; "
                 f"expert sizes that fit: {divisors(moe.num_experts)}"
             )
+        if recipe.parallel.precision == "bf16":
+            yield from _aligned(recipe.model, part, moe.granularity, recipe.parallel.tensor)
+
+
+def _aligned(model: Model, part: str, granularity: int, tensor: int) -> Iterator[str]:
+    """torch's grouped_mm, an accelerator's product of experts, takes rows of whole 16 bytes: 8 numbers in bf16."""
+    key, width = hidden_width(model, part)
+    widths = {key: (width, max(granularity, 1) * tensor)}
+    if part != "connector":
+        widths[f"model.{part}.hidden_size"] = (getattr(model, part).hidden_size, 1)
+    for name, (size, shares) in widths.items():
+        if size % shares == 0 and size % (8 * shares):  # what cannot be shared at all is told elsewhere
+            by = f"model.{part}.moe.granularity={granularity} x parallel.tensor={tensor} x " if shares > 1 else ""
+            yield (
+                f"{name}={size} is not a multiple of {by}8, as experts in bf16 need; {multiples(size, 8 * shares)}; "
+                "or take precision=fp32"
+            )
 
 
 def _ranks(recipe: Recipe, world_size: int) -> Iterator[str]:

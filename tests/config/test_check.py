@@ -234,6 +234,29 @@ ONE_RANK = [
 
 MANY_RANKS = [
     (
+        {
+            "model__vision__moe": Moe(num_experts=4, granularity=4),
+            "parallel__precision": "bf16",
+            "parallel__zero_stage": 2,
+            "parallel__tensor": 2,
+            "model__vision__intermediate_size": 48,
+        },
+        2,
+        "model.vision.intermediate_size=48 is not a multiple of model.vision.moe.granularity=4 x parallel.tensor=2 x 8"
+        ", as experts in bf16 need; the nearest is 64; or take precision=fp32",
+    ),
+    (
+        {
+            "model__decoder__moe": Moe(num_experts=4),
+            "parallel__precision": "bf16",
+            "parallel__zero_stage": 2,
+            "model__decoder__hidden_size": 20,
+        },
+        1,
+        "model.decoder.hidden_size=20 is not a multiple of 8, as experts in bf16 need; the nearest are 16 and 24; or "
+        "take precision=fp32",
+    ),
+    (
         {"parallel__sequence_parallel": True},
         2,
         "parallel.sequence_parallel=true shares the positions over tensor ranks, and parallel.tensor=1 has no other; "
