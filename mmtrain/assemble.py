@@ -125,9 +125,10 @@ def go_back(run_dir: Path, before: int, built: Assembly, routers: RouterState, g
 
 
 def _take(reader: Reader, built: Assembly, routers: RouterState) -> None:
-    """Make the state of a checkpoint the run's."""
+    """Make the state of a checkpoint the run's, and close it: retention may remove it while the run goes on."""
     state = reader.manifest.state
     built.engine.load(reader.read, state.optimizer_steps)
     if state.routers.keys() != routers.shares.keys():
         raise CheckpointError(f"{reader.folder}: router state of {sorted(state.routers)}, not {sorted(routers.shares)}")
     routers.load(state.routers)
+    reader.close()

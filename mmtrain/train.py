@@ -120,20 +120,22 @@ def run(
                     else:
                         engine.step(factor)
                         routers.update(totals.by_part("counts"))
-            with watch.paused("measure"):
-                measured = held_out.measure(engine, routers) if held_out.due(step, total_steps) else None
-            watch.report(step, data, sums, totals, norms, factor, skipped, measured)
+            watch.count(step, data, sums, skipped)
             if before := guard.go_back_before(step):
                 watch.settle()
                 if back := go_back(out, before, built, routers, groups):
                     guard.went_back(back)
                     watch.went_back(back)
-            stopped = sums.stop
-            if stopped or step == total_steps:
-                # Before the checkpoint: once the last one is there, the same command has nothing left to do.
+            stopped, last = sums.stop, step == total_steps
+            if stopped and not last:  # at once: who stops a job may not wait for the rest
+                watch.save(step, routers, data.cursor, guard, samples, last=True)
+            with watch.paused("measure"):
+                measured = held_out.measure(engine, routers) if held_out.due(step, total_steps) else None
+            watch.report(step, data, sums, totals, norms, factor, skipped, measured)
+            if stopped or last:
+                # Before the last step's checkpoint: once that is there, the same command has nothing left to do.
                 watch.summarise(time.perf_counter() - started, guard)
-            if stopped or step == total_steps or step % recipe.checkpoint.every == 0:
-                last = bool(stopped) or step == total_steps
+            if last or (step % recipe.checkpoint.every == 0 and not stopped):
                 watch.save(step, routers, data.cursor, guard, samples, last)
             if stopped:
                 log.info("%s: stopped after step %d: %s", recipe.name, step, stop_reason(stopped))

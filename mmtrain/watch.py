@@ -98,14 +98,29 @@ class Watch:
 
     @contextmanager
     def paused(self, name: str) -> Iterator[None]:
-        """Leave what happens inside out of the rates."""
-        self._heart.at(self._step + 1, name)
+        """Leave what happens inside, after a step, out of the rates."""
+        self._heart.at(self._step, name)
         with self._meter.paused():
             yield
 
     def expects_line(self, step: int, sums: StepSums) -> bool:
         """Whether a step will be logged whatever comes of it; the same on every rank, before its first forward."""
         return bool(sums.stop) or step % self._recipe.log.every == 0 or step in (1, self._total)
+
+    def count(self, step: int, data: Step, sums: StepSums, skipped: str) -> None:
+        """Take in a step. Collective where samples or the step were unusable."""
+        recipe, self._step, self._measured = self._recipe, step, None
+        self._heart.at(step, "report")
+        context = recipe.data.sequence_length / 2  # the mean causal context, taken as half a pack
+        flops = self._flops.step(sums.tokens, sums.images, float(sums.labels), context)
+        self._meter.count(sums.tokens, sums.images, flops)
+        self._counters.update(
+            {DOCUMENTS + name: count for name, count in zip(recipe.data.sources, sums.documents, strict=True)}
+        )
+        if sums.unusable:
+            self._write_ledger(step, data)
+        if skipped:
+            self._write_skipped(step, skipped, data)
 
     def report(
         self,
@@ -118,20 +133,9 @@ class Watch:
         skipped: str,
         measured: Measured | None,
     ) -> None:
-        """Take in a step; write its line when one is due. Collective where samples or the step were unusable."""
-        recipe, self._step = self._recipe, step
+        """Write the line of a step that was counted, when one is due."""
+        recipe, self._measured = self._recipe, measured
         self._heart.at(step, "report")
-        context = recipe.data.sequence_length / 2  # the mean causal context, taken as half a pack
-        flops = self._flops.step(sums.tokens, sums.images, float(sums.labels), context)
-        self._meter.count(sums.tokens, sums.images, flops)
-        self._counters.update(
-            {DOCUMENTS + name: count for name, count in zip(recipe.data.sources, sums.documents, strict=True)}
-        )
-        self._measured = measured
-        if sums.unusable:
-            self._write_ledger(step, data)
-        if skipped:
-            self._write_skipped(step, skipped, data)
         if not self._rank0:
             return
         self._progress.update(step)
@@ -179,7 +183,7 @@ class Watch:
     def _write_skipped(self, step: int, why: str, data: Step) -> None:
         """Append a step that was left out, with the samples of all its packs, to OUT/skipped.jsonl."""
         groups, shape = self._groups, self._recipe.data
-        first = (step - 1) * shape.global_batch
+        first = data.cursor["packs"] - shape.global_batch
         places = [n for n in range(shape.global_batch) if n % shape.num_lanes() % groups.data_size == groups.data_rank]
         mine = {first + place: keys for place, keys in zip(places, data.pack_keys, strict=True)}
         packs = {number: keys for rank in groups.all_gather_object(mine) for number, keys in rank.items()}
@@ -230,16 +234,19 @@ class Watch:
             self._saver.save(step, engine.pieces(), state, self._tokenizer_files, last)
 
     def summarise(self, seconds: float, guard: Guard) -> None:
-        """Draw the plots and write report.json. Collective."""
+        """Write report.json and draw the plots; a loud line when that fails. Collective."""
         self._heart.at(self._step, "report")
         memory = max(self._groups.all_gather_object(peak_memory(self._groups.device)))
         if not self._rank0:
             return
         assert self._record is not None, "the step that ends a run is always logged"
-        if self._recipe.log.plots:
-            draw_plots(self._lines.path, self._out / "plots", self._recipe.name)
         self._summed_up = self._summary(self._record, seconds, guard, memory / 2**30)
-        write_report(self._summed_up, self._out)
+        try:
+            write_report(self._summed_up, self._out)
+            if self._recipe.log.plots:
+                draw_plots(self._lines.path, self._out / "plots", self._recipe.name)
+        except Exception:  # whatever it is: the last checkpoint is worth more
+            log.exception("step %d: report.json and plots are not complete", self._step)
 
     def end(self) -> None:
         """Wait for the last checkpoint and print the report's table. Collective.

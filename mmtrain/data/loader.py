@@ -1,6 +1,5 @@
 """The stream that a data-parallel rank trains on: one optimizer step at a time, all its micro-batches at once."""
 
-import math
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
@@ -73,6 +72,7 @@ class Loader:
         self._shape = Shape(canvas_of(recipe), recipe.model.connector.num_tokens, recipe.data.sequence_length)
         self._planner, self._quarantine = make_planner(recipe, tokenizer, self._sources, finite_batches is not None)
         self._tokenizer = tokenizer
+        self._steps = self._moved = 0  # steps begun, and by how many that is more than packs / global_batch
         if cursor is not None:
             self._restore(cursor)
         self._spec = ReaderSpec(
@@ -95,7 +95,9 @@ class Loader:
         """Optimizer steps of the whole run, from its beginning, whatever the cursor."""
         if self._finite is not None:
             return self._finite
-        return self._recipe.steps or self.steps_for_epochs(self._recipe, self._tokenizer, self._sources)
+        if self._recipe.steps:
+            return self._recipe.steps
+        return self._moved + self.steps_for_epochs(self._recipe, self._tokenizer, self._sources)
 
     @staticmethod
     def steps_for_epochs(recipe: Recipe, tokenizer: Tokenizer, sources: Mapping[str, Source] | None = None) -> int:
@@ -112,7 +114,7 @@ class Loader:
 
     def __iter__(self) -> Iterator[Step]:
         """The steps that are left of `total_steps`."""
-        left = self.total_steps - math.ceil(self._planner.packs / self._recipe.data.global_batch)
+        left = self.total_steps - self._steps
         pending: deque[_Pending] = deque()
         while left > 0 or pending:
             while left > 0 and len(pending) < (1 + STEPS_AHEAD if self._pool else 1):
@@ -141,10 +143,9 @@ class Loader:
     def _begin(self) -> _Pending:
         """Plan a step and have this rank's packs decoded."""
         if self._finite is None and self._recipe.steps and self._planner.finished:
-            done = self._planner.packs // self._recipe.data.global_batch
             raise DataError(
-                f"data: every source has given its max_epochs after {done} of steps={self._recipe.steps}; lower steps, "
-                "or raise data.sources.NAME.max_epochs"
+                f"data: every source has given its max_epochs after {self._steps} of steps={self._recipe.steps}; lower "
+                "steps, or raise data.sources.NAME.max_epochs"
             )
         plan: Plan = self._planner.next_step()
         if self._finite is None:  # an evaluation reads little of what follows, and would take its room from training
@@ -156,7 +157,8 @@ class Loader:
         answers = [self._pool.submit(pack) for pack in packs] if self._pool else []
         # A sample that cannot be planned has no lane; the ranks share the reporting.
         skipped = plan.skipped[self._rank :: self._size]
-        cursor = self._planner.cursor() | {"quarantine": self._quarantine}
+        self._steps += 1
+        cursor = self._planner.cursor() | {"quarantine": self._quarantine, "steps": self._steps}
         return _Pending(packs, answers, skipped, cursor, self._planner.served)
 
     def _restore(self, cursor: Mapping[str, Any]) -> None:
@@ -168,6 +170,9 @@ class Loader:
                 "restore it, or name data.quarantine in resume_allow"
             )
         self._planner.restore(cursor)
+        at_this_size = self._planner.packs // self._recipe.data.global_batch
+        self._steps = cursor.get("steps", at_this_size)
+        self._moved = self._steps - at_this_size  # not 0 once data.global_batch has changed
 
     def _finish(self, pending: _Pending) -> Step:
         """Wait for a step's packs and make its micro-batches and sums."""

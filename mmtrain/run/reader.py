@@ -36,6 +36,12 @@ class Reader:
                 self._index.setdefault((entry.kind, entry.name), {}).setdefault((entry.box, entry.flat), (file, entry))
         self._files: OrderedDict[str, ShardFile] = OrderedDict()
 
+    def close(self) -> None:
+        """Let go of files and index; nothing can be read any more. A file that is open keeps its room on the disk."""
+        while self._files:
+            self._files.popitem()[1].close()
+        self._index.clear()
+
     def names(self, kind: str = "param") -> list[str]:
         """Global names of the tensors that have this kind, sorted."""
         return sorted(name for other, name in self._index if other == kind)

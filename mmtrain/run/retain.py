@@ -75,10 +75,15 @@ def remove(folder: Path) -> None:
 
 
 def clean_leftovers(run_dir: Path, lock: RunLock) -> list[Path]:
-    """Delete the .tmp folders of saves and removals that were killed. Only the job that holds the run folder may."""
+    """Delete the .tmp folders of saves and removals that were killed; returns them. Only the job that holds the run
+    folder may. One that cannot go yet (NFS keeps files that another process has open) is told and left.
+    """
     lock.check_held(run_dir)
     leftovers = sorted(path for path in run_dir.glob("step_*.tmp") if path.is_dir())
     for path in leftovers:
-        log.warning("removed %s, left by a save that was interrupted", path)
-        shutil.rmtree(path)
+        try:
+            shutil.rmtree(path)
+            log.warning("removed %s, left by a save that was interrupted", path)
+        except OSError as error:
+            log.warning("%s, left by a save that was interrupted, cannot be removed: %s", path, error)
     return leftovers

@@ -42,6 +42,21 @@ def test_resume_on_other_ranks_is_the_undisturbed_stream(folder: Path) -> None:
             assert [dealt[n % size][n // size] for n in range(8)] == packs(whole)
 
 
+@pytest.mark.parametrize("batch", [4, 16])
+def test_another_batch_size_goes_on_with_the_next_pack(folder: Path, batch: int) -> None:
+    one_epoch = {"steps": 0, "epochs": 1.0}
+    before = steps(make(folder, one_epoch))
+    left = [pack for step in before[1:] for pack in packs(step) if pack["keys"]]
+    cursor = json.loads(json.dumps(before[0].cursor))
+    changed = make(folder, one_epoch, global_batch=batch)
+    rest = steps(changed, cursor=cursor)
+    assert [pack for step in rest for pack in packs(step) if pack["keys"]] == left
+    assert [step.cursor["steps"] for step in rest] == list(range(2, 2 + len(rest)))
+    again = steps(changed, cursor=rest[0].cursor)
+    assert list(map(packs, again)) == list(map(packs, rest[1:]))
+    assert len(steps(replace(changed, steps=3), cursor=cursor)) == 2
+
+
 def test_sums_are_those_of_the_batches(folder: Path) -> None:
     made = make(folder, micro_batch=4)
     vision = made.model.vision

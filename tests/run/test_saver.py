@@ -254,6 +254,16 @@ def test_leftovers_go_only_with_the_lock(tmp_path):
     assert clean_leftovers(tmp_path, RunLock(tmp_path)) == [tmp_path / "step_00000003.tmp"]
 
 
+def test_leftovers_that_cannot_go_stop_nobody(tmp_path, monkeypatch, caplog):
+    def busy(_):
+        raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY))
+
+    (tmp_path / "step_00000003.tmp").mkdir()
+    monkeypatch.setattr(retain.shutil, "rmtree", busy)
+    clean_leftovers(tmp_path, RunLock(tmp_path))
+    assert "step_00000003.tmp, left by a save that was interrupted, cannot be removed: " in caplog.text
+
+
 def test_a_dead_training_thread_does_not_hold_the_process(tmp_path, monkeypatch):
     monkeypatch.setattr(saver, "_vote", lambda *_: None)
     monkeypatch.setattr(saver, "_GRACE", 0.05)

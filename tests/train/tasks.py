@@ -15,6 +15,7 @@ import launch.train
 import mmtrain.watch
 from mmtrain.config.errors import UserError
 from mmtrain.config.schema import Recipe
+from mmtrain.measure import HeldOut
 from mmtrain.run import saver
 from mmtrain.train import train
 from mmtrain.watch import Watch
@@ -73,6 +74,34 @@ def with_a_slow_disk(recipe: Recipe, seconds: float) -> int | str:
 
     saver.write_shard = slow
     return trained(recipe)
+
+
+def in_order(recipe: Recipe, stop_after: int) -> tuple[int | str, list[str]]:
+    """Stopped by a file, on a disk that takes no report: how it ended, and what came when."""
+    came: list[str] = []
+    measure, save = HeldOut.measure, Watch.save
+
+    def full(*_: Any) -> None:
+        came.append("report")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    HeldOut.measure = lambda *rest: (came.append("measure"), measure(*rest))[1]
+    Watch.save = lambda *rest, **last: (came.append("save"), save(*rest, **last))[1]
+    mmtrain.watch.write_report = full
+    return stopped_by_file(recipe, stop_after), came
+
+
+def held_open(recipe: Recipe, folder: str, step: int) -> list[str]:
+    """Files below `folder` that the process has open after `step`."""
+    found: list[str] = []
+
+    def look() -> None:
+        links = [path.readlink() for path in Path("/proc/self/fd").iterdir() if path.is_symlink()]
+        found.extend(str(link) for link in links if folder in str(link))
+
+    _at_report(step, look)
+    assert trained(recipe) == 0
+    return found
 
 
 def command(program: str, arguments: list[str]) -> None:

@@ -1,5 +1,6 @@
 """Going on in a folder where something is not as it was."""
 
+import json
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -63,6 +64,21 @@ def test_every_change_that_may_not_be_is_listed_at_once(copy: Copy, tmp_path: Pa
     ended = jobs.run(tmp_path, tasks.trained, allowed)
     assert ended.value == 0, ended.log
     assert curve(recipe)[-1]["step"] == 6
+
+
+def test_another_batch_size_goes_on_with_the_next_pack(copy: Copy, tmp_path: Path) -> None:
+    recipe = copy(steps=6, guard=Guard(skip_steps=[6]), resume_allow=["data.global_batch"])
+    recipe = replace(recipe, data=replace(recipe.data, global_batch=2))
+    ended = jobs.run(tmp_path, tasks.trained, recipe)
+    assert ended.value == 0 and "data.global_batch: 4 -> 2" in ended.log, ended.log
+    assert [line["step"] for line in curve(recipe)] == [1, 2, 3, 4, 5, 6]
+    (skipped,) = (Path(recipe.out) / "skipped.jsonl").read_text().splitlines()
+    assert json.loads(skipped)["packs"].keys() == {"18", "19"}  # 4 steps of 4, one of 2
+
+
+def test_the_checkpoint_that_a_run_came_from_is_let_go(copy: Copy, tmp_path: Path) -> None:
+    ended = jobs.run(tmp_path, tasks.held_open, copy(steps=6), "step_00000004", 5)
+    assert ended.value == [], ended.log
 
 
 def test_never_refuses_a_folder_with_checkpoints(copy: Copy, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """A run that was interrupted is the undisturbed run, to the bit."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -61,6 +62,17 @@ def test_stopped_and_started_again(
     assert second.value == 0 and "going on after step 5" in second.log, second.log
     assert curve(recipe) == curve(whole)
     assert_same_end(recipe, whole)
+
+
+def test_who_is_told_to_stop_saves_first(make: Callable[..., Recipe], tmp_path: Path) -> None:
+    recipe = measured(make(tmp_path / "run", steps=3), every=1)
+    first = jobs.run(tmp_path, tasks.in_order, recipe, 2)
+    assert first.value == (EXIT_STOPPED, ["measure", "save", "measure", "report"]), first.log
+    assert "step 2: report.json and plots are not complete" in first.log and "No space left" in first.log
+    assert list(committed(Path(recipe.out))) == [2]
+    whole = replace(recipe, out=str(tmp_path / "whole"))
+    ended = jobs.run(tmp_path, tasks.in_order, whole, 3)  # what the last checkpoint has overtaken is never made
+    assert ended.value == (EXIT_STOPPED, ["measure", "measure", "measure", "report", "save"]), ended.log
 
 
 def test_killed_between_two_checkpoints(make: Callable[..., Recipe], whole: Recipe, tmp_path: Path) -> None:
