@@ -2,7 +2,8 @@
 
 A thread of every rank writes OUT/.beats/rank_00003 a few times in `limit` seconds: a count, and where the training
 thread is. Rank 0's thread reads all of these files, the others read rank 0's. Files, because a stopped process answers
-no socket; counts, because the clocks of nodes differ. A rank is stalled when
+no socket; written in place, because a full disk takes no new ones; counts, because the clocks of nodes differ. A rank
+is stalled when
 
     its count stands still for `limit` seconds: the process was stopped or killed, its node or its disk is gone
     its training thread stays in one phase of a step for `limit` seconds and ten times as long as that ever took
@@ -35,6 +36,8 @@ WAITING = "waiting after "
 
 _BEATS = 12  # in `limit` seconds
 _SLACK = 10.0  # how many times longer than ever before a phase may take, beyond the limit
+_BYTES = 4096  # of a rank's file, whatever it says
+_WORDS = 600  # characters of a reason, at most six bytes each
 _LAST_WORDS = 5.0  # seconds in which the launcher may end a rank, once another one has told why it failed
 
 
@@ -109,10 +112,13 @@ class Heartbeat:
         seconds = time.monotonic() - since
         late = _judged(phase) and phase in self._longest and seconds > self._limit + _SLACK * self._longest[phase]
         count = self._beat.count + 1 if self._beat else 1
-        self._beat = Beat(count, number, step, phase, round(seconds, 1), late, failed)
-        new = self._file(self._rank).with_suffix(".new")
-        new.write_text(json.dumps(self._beat))
-        new.replace(self._file(self._rank))
+        self._beat = Beat(count, number, step, phase, round(seconds, 1), late, failed[:_WORDS])
+        said = json.dumps(self._beat, ensure_ascii=False).encode("utf-8", "replace").ljust(_BYTES)
+        file = os.open(self._file(self._rank), os.O_WRONLY | os.O_CREAT, 0o644)
+        try:
+            os.pwrite(file, said, 0)  # who reads meanwhile may see no JSON, or two beats mixed, and looks again
+        finally:
+            os.close(file)  # NFS shows others what was written before
 
     def _live(self) -> None:
         """The thread."""

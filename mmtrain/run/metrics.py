@@ -108,20 +108,32 @@ def finite(value: Any) -> Any:
 
 
 class StepLines:
-    """Appends JSON lines that each say their `step`; rank 0's. Lines after `done` are dropped: they come again."""
+    """Appends JSON lines that each say their `step`; rank 0's. Lines after `done` are dropped: they come again.
+
+    What a full disk does not take is kept, and tried again with the next line.
+    """
 
     def __init__(self, path: Path, done: int = 0):
         self.path = path
         _keep_until(path, done)
-        self._file = path.open("a", encoding="utf-8")
+        self._file = path.open("ab", buffering=0)
+        self._waiting = b""
 
     def write(self, line: Mapping[str, Any]) -> None:
-        """Add a line; it survives a kill of this process."""
-        self._file.write(json.dumps(line, allow_nan=False) + "\n")
-        self._file.flush()
+        """Add a line; it survives a kill of this process. A loud line says that it has to wait."""
+        self._waiting += json.dumps(line, allow_nan=False).encode() + b"\n"
+        self._flush()
+
+    def _flush(self) -> None:
+        try:
+            while self._waiting:
+                self._waiting = self._waiting[self._file.write(self._waiting) :]
+        except OSError as error:
+            log.error("%s cannot be written: %s. %d bytes wait for room.", self.path, error, len(self._waiting))
 
     def close(self) -> None:
         """Close the file."""
+        self._flush()
         self._file.close()
 
 
@@ -140,26 +152,32 @@ def _keep_until(path: Path, done: int) -> None:
     """Rewrite the file without lines of steps > done, and without a line that a kill cut short."""
     if not path.exists():
         return
-    records = [record for record in read_metrics(path) if record["step"] <= done]
     new = path.with_suffix(".jsonl.tmp")
-    new.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    with new.open("w", encoding="utf-8") as file:
+        for record in each_record(path):
+            if record["step"] <= done:
+                file.write(json.dumps(record) + "\n")
     new.replace(path)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The lines of a metrics file. One that a kill cut short is left out, and so, loudly, is a damaged one."""
-    records = []
-    for number, line in enumerate(path.read_bytes().splitlines(keepends=True), 1):
-        if not line.endswith(b"\n"):
-            break
-        try:
-            record = json.loads(line)
-            record["step"] += 0
-        except (ValueError, TypeError, KeyError):
-            log.warning("%s: line %d is damaged and left out: %r", path, number, line[:40])
-            continue
-        records.append(record)
-    return records
+    return list(each_record(path))
+
+
+def each_record(path: Path) -> Iterator[dict[str, Any]]:
+    """The same one by one: a long run's lines do not fit into memory together."""
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            if not line.endswith(b"\n"):
+                return
+            try:
+                record = json.loads(line)
+                record["step"] += 0
+            except (ValueError, TypeError, KeyError):
+                log.warning("%s: line %d is damaged and left out: %r", path, number, line[:40])
+                continue
+            yield record
 
 
 class Meter:

@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from mmtrain.config.schema import PARTS
-from mmtrain.run.metrics import read_metrics
+from mmtrain.run.metrics import each_record
 
 RARE = 0.02
 """Share of choices under which an expert counts as hardly used."""
@@ -32,7 +32,13 @@ def draw_plots(metrics: Path, folder: Path, name: str) -> list[Path]:
     folder    where the PNGs go
     name      the run's name, for the titles
     """
-    records = read_metrics(metrics)
+    records: list[dict[str, Any]] = []
+    last: dict[str, Any] = {}
+    for record in each_record(metrics):
+        if record.get("expert_shares"):
+            last.pop("expert_shares", None)  # most of a line, and only the last ones are drawn
+            last = record
+        records.append(record)
     if not records:
         return []
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,10 @@
 """Who stalls is named; who lives is left alone. Ranks are threads here; tests/faults stops and hangs real ones."""
 
+import errno
 import json
+import os
 import time
+from pathlib import Path
 
 import pytest
 
@@ -142,6 +145,43 @@ def test_a_rank_that_fails_leaves_its_words(tmp_path, ends):
     assert json.loads((tmp_path / ".beats" / "rank_00000").read_text())[-1] == "rank 0 failed: ValueError: no way"
     with Heartbeat(tmp_path, SingleProcess(), 5.0):  # the next start forgets them
         assert not (tmp_path / ".beats" / "rank_00000").exists()
+
+
+def test_a_full_disk_ends_nobody(tmp_path, ends, monkeypatch):
+    """What needs new room fails from the first beat on: another file, or more than a file holds."""
+    create, write = os.open, os.pwrite
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def opened(path, flags, *mode):
+        return create(path, flags, *mode) if Path(path).exists() and not flags & os.O_TRUNC else full()
+
+    def written(file, data, offset):
+        return write(file, data, offset) if offset + len(data) <= os.fstat(file).st_size else full()
+
+    def count():
+        return json.loads((tmp_path / ".beats" / "rank_00000").read_text())[0]
+
+    with Heartbeat(tmp_path, SingleProcess(), 0.3) as heart:
+        wait_for(lambda: (tmp_path / ".beats" / "rank_00000").exists() and heart._beat)
+        monkeypatch.setattr(Path, "write_text", full)
+        monkeypatch.setattr(heartbeat.os, "open", opened)
+        monkeypatch.setattr(heartbeat.os, "pwrite", written)
+        before = heart._beat.count + 1
+        wait_for(lambda: count() > before)
+        heart.at(10**6, "a phase with a longer name than before")
+        wait_for(lambda: json.loads((tmp_path / ".beats" / "rank_00000").read_text())[2] == 10**6)
+    assert ends == []
+
+
+def test_long_words_are_cut_to_the_file(tmp_path, ends):
+    with pytest.raises(ValueError), Heartbeat(tmp_path, SingleProcess(), 5.0):
+        raise ValueError("\x01\U0001f600" * 5000)
+    said = (tmp_path / ".beats" / "rank_00000").read_bytes()
+    assert len(said) == heartbeat._BYTES and json.loads(said)[-1].startswith(
+        "rank 0 failed: ValueError: \x01\U0001f600"
+    )
 
 
 def test_zero_watches_nobody(tmp_path):

@@ -1,8 +1,11 @@
 """metrics.jsonl, the meter, and what a person sees."""
 
+import errno
 import io
 import json
+import os
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +13,7 @@ from rich.console import Console
 
 from mmtrain.run import metrics, progress
 from mmtrain.run.flops import peak_flops, peak_of
-from mmtrain.run.metrics import Meter, MetricsLog, Rates, StepRecord, read_metrics
+from mmtrain.run.metrics import Meter, MetricsLog, Rates, StepLines, StepRecord, each_record, read_metrics
 from mmtrain.run.progress import ProgressLog
 
 
@@ -58,6 +61,41 @@ def test_resume_gives_the_curve_of_an_undisturbed_run(tmp_path):
         resumed.write(record(step))
     resumed.close()
     assert (tmp_path / "b" / "metrics.jsonl").read_text() == (tmp_path / "a" / "metrics.jsonl").read_text()
+
+
+def test_lines_wait_for_a_disk_that_is_full(tmp_path, caplog):
+    lines = StepLines(tmp_path / "lines.jsonl")
+    disk, room = lines._file, 20
+
+    def write(data):
+        nonlocal room
+        if not room:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        taken = disk.write(data[:room])
+        room -= taken
+        return taken
+
+    lines._file = SimpleNamespace(write=write, close=disk.close)
+    for step in (1, 2, 3):
+        lines.write({"step": step})
+    assert "lines.jsonl cannot be written: [Errno 28] No space left on device. 4 bytes wait for room." in caplog.text
+    room = 1000
+    lines.write({"step": 4})
+    assert [line["step"] for line in read_metrics(lines.path)] == [1, 2, 3, 4]
+    room = 0
+    lines.write({"step": 5})
+    lines.close()  # they are lost, and that was said
+    assert [line["step"] for line in read_metrics(lines.path)] == [1, 2, 3, 4]
+
+
+def test_lines_are_read_one_by_one(tmp_path):
+    path = tmp_path / "lines.jsonl"
+    path.write_text('{"step": 1}\n{"st\n')
+    lines = each_record(path)
+    assert next(lines) == {"step": 1}
+    with path.open("a") as file:
+        file.write('{"step": 3}\n')
+    assert list(lines) == [{"step": 3}]
 
 
 def test_a_run_that_starts_over_drops_all_lines(tmp_path):
