@@ -22,7 +22,7 @@ from mmtrain.data.documents import (
 )
 from mmtrain.data.header import read_header
 from mmtrain.data.record import IndexEntry, IndexHeader
-from mmtrain.data.shards import RawSample, is_remote, read_members, scan
+from mmtrain.data.shards import RawSample, is_remote, patiently, read_members, scan
 from mmtrain.data.tokenizer import Tokenizer
 
 VERSION = 2
@@ -134,11 +134,10 @@ def read_index(path: str | Path) -> Index:
     """All samples of a shard, from its index file; DataError if the file does not hold what it says."""
     path = Path(path)
     try:
-        with path.open("rb") as file:
-            header, lengths, expected = _first_line(file.readline(MAX_HEADER_BYTES), path)
-            payload = file.read()
+        line, payload = patiently(lambda: _parts(path))
     except OSError as error:
         raise DataError(f"index {path}: cannot be read ({error.strerror}); {_again(path.parent)}") from None
+    header, lengths, expected = _first_line(line, path)
     if hashlib.sha256(payload).hexdigest() != expected:
         raise DataError(
             f"index {path}: its {len(payload)} bytes of columns are not those that were written; {_again(path.parent)}"
@@ -153,6 +152,12 @@ def read_index(path: str | Path) -> Index:
             f"{_again(path.parent)}"
         )
     return Index(_tar_of(path, header), header, columns)
+
+
+def _parts(path: Path) -> tuple[bytes, bytes]:
+    """First line and columns of an index file."""
+    with path.open("rb") as file:
+        return file.readline(MAX_HEADER_BYTES), file.read()
 
 
 def _tar_of(path: Path, header: IndexHeader) -> str:

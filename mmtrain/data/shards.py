@@ -1,11 +1,13 @@
 """Tars of samples: writing them byte for byte reproducibly, listing a foreign one, reading a sample by byte range."""
 
+import errno
 import io
 import os
 import tarfile
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from mmtrain.config.errors import DataError
 from mmtrain.data.documents import BadSample
@@ -17,6 +19,11 @@ BLOCK = 512
 
 GARBLED = (ValueError, OverflowError, MemoryError, RecursionError, OSError)
 """What tarfile raises on garbled headers, besides its own errors."""
+
+T = TypeVar("T")
+
+PASSING = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT)
+"""Errors that a network file system gives while a server is away or has failed over."""
 
 
 def is_remote(shard: str) -> bool:
@@ -127,13 +134,7 @@ def read_members(path: str | Path, entry: IndexEntry | RawSample) -> dict[str, b
     BadSample if the tar is shorter than its index says; DataError if it is gone, or another sample lies there.
     """
     try:
-        file = os.open(path, os.O_RDONLY)
-        try:
-            run = os.pread(file, entry.size, entry.offset)
-            while len(run) < entry.size and (more := os.pread(file, entry.size - len(run), entry.offset + len(run))):
-                run += more
-        finally:
-            os.close(file)
+        run = patiently(lambda: _read_run(path, entry.offset, entry.size))
     except FileNotFoundError:
         raise DataError(f"shard {path}: no such file, though its index lists it; restore it or index again") from None
     except OSError as error:  # no permission, a stale handle, a disk that fails: no sample's fault
@@ -150,6 +151,30 @@ def read_members(path: str | Path, entry: IndexEntry | RawSample) -> dict[str, b
         )
     starts = [(member.suffix, member.offset - entry.offset, member.size) for member in entry.members]
     return {suffix: run[start : start + length] for suffix, start, length in starts}
+
+
+def patiently(read: Callable[[], T]) -> T:
+    """What `read` gives; asked again, one and four seconds later, after an error that passes."""
+    for seconds in (1, 4):
+        try:
+            return read()
+        except OSError as error:
+            if error.errno not in PASSING:
+                raise
+            time.sleep(seconds)
+    return read()
+
+
+def _read_run(path: str | Path, offset: int, size: int) -> bytes:
+    """Bytes offset .. offset + size - 1 of a file; fewer where it ends before."""
+    file = os.open(path, os.O_RDONLY)
+    try:
+        run = os.pread(file, size, offset)
+        while len(run) < size and (more := os.pread(file, size - len(run), offset + len(run))):
+            run += more
+        return run
+    finally:
+        os.close(file)
 
 
 def _append(samples: list[RawSample], info: tarfile.TarInfo) -> None:

@@ -2,16 +2,19 @@ import errno
 import io
 import os
 import tarfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import webdataset
 
 from mmtrain.config.errors import DataError
+from mmtrain.data import shards
 from mmtrain.data.documents import BadSample
+from mmtrain.data.index import build_index, read_index, write_index
 from mmtrain.data.record import Member
 from mmtrain.data.shards import RawSample, read_members, scan
-from tests.data.inputs import write_tar
+from tests.data.inputs import tokenizer, write_tar
 
 SAMPLES = [
     ("a", {"json": b'{"x": 1}', "jpg": b"j" * 700}),
@@ -141,10 +144,37 @@ def test_what_is_no_tar_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_disk_that_fails_is_nobodys_sample(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    waited: list[float] = []
+
     def stale(*_: object) -> None:
         raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
 
+    monkeypatch.setattr(shards.time, "sleep", waited.append)
     monkeypatch.setattr(os, "open", stale)
     entry = RawSample("a", 0, 512, (Member("txt", 512, 1),))
     with pytest.raises(DataError, match=r"shard x.tar: cannot be read \(Stale file handle\); mend that, then run"):
         read_members("x.tar", entry)
+    assert waited == [1, 4]
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.ETIMEDOUT])
+def test_an_error_that_passes_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    write_tar(tmp_path, [("a", {"txt": b"one"})], 1)
+    (tar,) = tmp_path.glob("*.tar")
+    write_index(build_index(tar, tokenizer())[0])
+    waited: list[float] = []
+    monkeypatch.setattr(shards.time, "sleep", waited.append)
+    for module, name, read in (
+        (os, "pread", lambda: read_members(tar, scan(tar).samples[0]) == {"txt": b"one"}),
+        (Path, "open", lambda: len(read_index(tar.with_suffix(".index")).columns) == 1),
+    ):
+        left, works = [number, number], getattr(module, name)
+
+        def failing(*rest: object, left: list[int] = left, works: Callable = works) -> object:
+            if left:
+                raise OSError(code := left.pop(), os.strerror(code))
+            return works(*rest)
+
+        monkeypatch.setattr(module, name, failing)
+        assert read() and not left
+    assert waited == [1, 4, 1, 4]

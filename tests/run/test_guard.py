@@ -1,5 +1,6 @@
 """Stop flags, and steps that cannot be used."""
 
+import errno
 import json
 import os
 import signal
@@ -65,6 +66,18 @@ def test_a_deadline_that_is_no_time(tmp_path, monkeypatch):
     monkeypatch.setenv("MMTRAIN_DEADLINE", "12:00")
     with pytest.raises(ConfigError, match=r"MMTRAIN_DEADLINE='12:00' is not a Unix time in seconds"):
         StopFlag(tmp_path)
+
+
+def test_a_disk_that_fails_for_a_moment_is_no_reason(tmp_path, monkeypatch):
+    def stale(*_, **__):
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+    flag = StopFlag(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "stat", stale)
+        code = flag.code()
+    flag.close()
+    assert code == 0
 
 
 def test_rank_0_alone_looks_for_the_stop_file(flag, tmp_path):
