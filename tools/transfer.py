@@ -4,35 +4,43 @@
 
 The best point's rates and multipliers hold at the proxy's base widths: the written recipe names these in mup.base, and
 the muP rules carry the values to the target. Differences that values do not survive are refused; --accept KEY lets one
-pass and says so in the recipe. key=value are values of the target, such as init_from.
+pass and says so in the recipe. key=value are values of the target, such as init_from; what is carried cannot be among
+them. A target that starts from weights needs parents that were trained at the same base: training refuses others.
 """
 
 import argparse
 import json
+import math
 import os
 import sys
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import yaml
 from rich.console import Console
 
+from mmtrain.config.check import check_model
 from mmtrain.config.errors import ConfigError, DataError, UserError
-from mmtrain.config.load import load
+from mmtrain.config.load import COMMAND_LINE, load, load_with_origins
 from mmtrain.config.schema import Recipe
+from mmtrain.mup.scales import base_model_config
 from mmtrain.sweep.spec import VARIANT, Sweep, Value, read_sweep
 from mmtrain.sweep.study import Study, Trial
 from mmtrain.sweep.transfer import (
     at_edge,
-    base_widths,
     best_point,
+    carried_base,
     differences,
+    horizon,
     sanity,
     transferred,
+    unfinished,
 )
-from mmtrain.sweep.trial import step_cost
+from mmtrain.sweep.trial import Cost, step_cost
 
+HEADER = "# Written by tools.transfer\n"
 CHECKED = (0.5, 1.0, 2.0)
 """Factors on the transferred rate that a person should try at the target."""
 
@@ -63,11 +71,15 @@ def carry(
     sweep: Sweep, target_file: Path, overrides: Sequence[str], out: Path, variant: str | None, accept: Sequence[str]
 ) -> list[str]:
     """Write the recipe to `out` and the report beside it; returns the report's lines. UserError where it cannot be."""
+    _check_place(out, target_file)
     trials = Study(sweep, create=False).trials()
     best = best_point(sweep, trials, variant)
     parent = sweep.parent_of(best.params[VARIANT])
     proxy = sweep.recipe_of(best.params, sweep.out, (f"init_from={parent.out}",) if parent else ())
-    target = load(target_file, overrides)
+    target, origins = load_with_origins(target_file, overrides)
+    values = transferred(best, proxy, target)
+    base = carried_base(proxy, target)
+    _check_free(target_file, target, [key for key, layer in origins.items() if layer == COMMAND_LINE], values, base)
     refused, flagged = differences(proxy, target)
     stop = [difference for difference in refused if difference.key not in accept]
     if stop:
@@ -77,17 +89,28 @@ def carry(
             + "\nmake the proxy like the target there, or let a key pass with --accept KEY"
         )
     flagged += [difference for difference in refused if difference.key in accept]
-    values, numbers = transferred(best), ", ".join(map(str, best.trials))
+    flagged = [difference for difference in flagged if difference.key not in values]
+    cost, unknown = _cost(target)
+    facts = next(trial.facts for trial in trials if trial.number == best.trials[0])
+    flagged += [longer] if (longer := horizon(facts, target, cost.tokens)) else []
+    numbers, waiting = ", ".join(map(str, best.trials)), unfinished(sweep, trials)
     lines = [
         f"origin: {sweep.file}, trials {numbers}, held-out {sweep.objective} loss {best.loss:.4f}"
         + (f" (spread over seeds {best.spread:.4f})" if len(best.trials) > 1 else ""),
-        f"transferred by width: {_shown(values)}",
+        f"transferred by width: {_shown({key: value for key, value in values.items() if key in best.params})}",
+        *(f"carried though not searched: {key}={values[key]}" for key in values if key not in best.params),
         *(f"not transferred: {key}" for key in sweep.search if key not in (*values, "seed")),
         *(f"flagged: {difference.words()}" for difference in flagged),
         *(f"flagged: {edge}" for edge in at_edge(sweep, best)),
+        *(
+            f"flagged: trial {number} has a lower loss, {loss:.4f}, with fewer seeds; it may be luck: repeat it"
+            for number, loss in best.passed_over
+        ),
+        *([f"flagged: the study has not ended: {waiting}"] if waiting else []),
     ]
-    written = write_recipe(out, target_file, overrides, proxy, values, lines)
-    lines += costs(written, [trial for trial in trials if trial.params.get(VARIANT) == best.params[VARIANT]])
+    written = write_recipe(out, target_file, overrides, base, values, lines)
+    spent = [trial for trial in trials if trial.params.get(VARIANT) == best.params[VARIANT] and trial.facts]
+    lines += costs(written, spent, sweep.parent is not None, cost, unknown)
     lr = written.optim.lr
     lines.append(
         "check at the target, a short run each: " + ", ".join(f"optim.lr={lr * factor:.4g}" for factor in CHECKED)
@@ -98,65 +121,110 @@ def carry(
         "variant": best.params[VARIANT],
         "loss": best.loss,
         "values": values,
-        "base": base_widths(proxy),
+        "base": base,
         "flagged": [difference.words() for difference in flagged],
         "report": lines,
     }
-    out.with_suffix(".transfer.json").write_text(json.dumps(origin, indent=1) + "\n")
+    beside = out.with_suffix(".transfer.json")
+    _draft(beside).write_text(json.dumps(origin, indent=1) + "\n", encoding="utf-8")
+    _draft(beside).replace(beside)
     return lines
+
+
+def _check_place(out: Path, target_file: Path) -> None:
+    """ConfigError unless `out` is free, or an earlier recipe of this tool that is not the target."""
+    if out.exists() and (out.samefile(target_file) or not out.read_text(encoding="utf-8").startswith(HEADER)):
+        what = "is the target itself" if out.samefile(target_file) else "is there, and this tool did not write it"
+        raise ConfigError(f"--out {out} {what}; it would be lost: choose another name")
+
+
+def _check_free(
+    target_file: Path, target: Recipe, given: Iterable[str], values: Mapping[str, Value], base: Mapping[str, Any]
+) -> None:
+    """ConfigError where the command line gives what is carried, or the target names another base."""
+    if taken := [key for key in given if key in (*values, "optim.lr") or key.startswith("mup.")]:
+        raise ConfigError(
+            f"{', '.join(taken)}: carried from the sweep, not given here; leave it out, and change it when the written "
+            "recipe is trained"
+        )
+    own = target.mup.base
+    if other := [
+        f"{part}.{key}" for part in base for key in own.get(part, {}) if own[part][key] != base[part].get(key)
+    ]:
+        raise ConfigError(
+            f"{target_file} names mup.base already, and {', '.join(other)} otherwise than the proxy, at whose widths "
+            f"the values hold ({json.dumps(base)}); take it out of the target"
+        )
 
 
 def write_recipe(
     out: Path,
     target_file: Path,
     overrides: Sequence[str],
-    proxy: Recipe,
-    values: dict[str, Value],
+    base: Mapping[str, Mapping[str, int]],
+    values: Mapping[str, Value],
     lines: Sequence[str],
 ) -> Recipe:
-    """A recipe on top of the target's; it is loaded once to see that it can be."""
+    """A recipe on top of the target's. ConfigError, and no file: it could not be trained."""
     out.parent.mkdir(parents=True, exist_ok=True)
     settled = load(target_file, [*overrides, *(f"{key}={value}" for key, value in values.items())])
     mup = {name: value for name, value in asdict(settled.mup).items() if name not in ("base", "lr")}
-    mup |= {"lr": dict(settled.mup.lr), "base": base_widths(proxy)}
+    mup |= {"lr": dict(settled.mup.lr), "base": base}
     body: dict = {
         "base": os.path.relpath(target_file.resolve(), out.parent.resolve()),
         "mup": mup,
         "optim": {"lr": settled.optim.lr, "weight_decay": settled.optim.weight_decay},
     }
-    header = "# Written by tools.transfer\n" + "".join(f"# {line}\n" for line in lines)
-    extra = "".join(f"# with {item}\n" for item in overrides)
-    out.write_text(header + extra + yaml.safe_dump(_with(body, overrides), sort_keys=False))
-    return load(out)
-
-
-def _with(body: dict, overrides: Sequence[str]) -> dict:
-    """The recipe's own keys and those of the command line."""
     for item in overrides:
         key, _, value = item.partition("=")
-        place = body
-        *path, last = key.split(".")
-        for name in path:
-            place = place.setdefault(name, {})
-        place.setdefault(last, yaml.safe_load(value))
-    return body
-
-
-def costs(target: Recipe, trials: list[Trial]) -> list[str]:
-    """What tuning took, by the proxy's trials that ended, against what the target takes, and what laws would say."""
-    ended = [trial for trial in trials if trial.facts]
-    spent = sum(trial.facts["flops"] for trial in ended)
+        tree = yaml.safe_load(value.strip() or '""')
+        for name in reversed(key.split(".")):
+            tree = {name: tree}
+        _merge(body, tree)
+    header = HEADER + "".join(f"# {line}\n" for line in lines) + "".join(f"# with {item}\n" for item in overrides)
+    draft = _draft(out)
     try:
-        cost = step_cost(target)
+        draft.write_text(header + yaml.safe_dump(body, sort_keys=False), encoding="utf-8")
+        recipe = load(draft)
+        check_model(replace(recipe, init_from=recipe.init_from or "named when it is trained"))
+        base_model_config(recipe.model, recipe.mup.base)
+        draft.replace(out)
+    finally:
+        draft.unlink(missing_ok=True)
+    return recipe
+
+
+def _draft(path: Path) -> Path:
+    """Where a file is written before it gets its name: others may read that meanwhile."""
+    return path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+
+
+def _merge(into: dict[str, Any], tree: Mapping[str, Any]) -> None:
+    """Set a tree's values, and leave the others."""
+    for key, value in tree.items():
+        if isinstance(value, dict) and isinstance(into.get(key), dict):
+            _merge(into[key], value)
+        else:
+            into[key] = value
+
+
+def _cost(target: Recipe) -> tuple[Cost, str]:
+    """What a step of the target takes; where its data are not here, at most so many tokens, and why."""
+    try:
+        return step_cost(target), ""
     except (ConfigError, DataError) as error:
-        tokens = float(target.data.global_batch * target.data.sequence_length)
-        lines = [f"cost of tuning: {spent:.3g} FLOPs; of the target unknown, its data are not here ({error})"]
-    else:
-        tokens = cost.tokens
-        whole = cost.flops * target.steps
-        share = f"{spent / whole:.1%} of the target's {whole:.3g}" if whole else "the target runs by epochs"
-        lines = [f"cost of tuning: {spent:.3g} FLOPs in {len(ended)} trials, {share}"]
-    return lines + sanity(target, target.optim.lr, tokens, target.steps)
+        return Cost(float(target.data.global_batch * target.data.sequence_length), math.nan), str(error)
+
+
+def costs(target: Recipe, trials: Sequence[Trial], parents: bool, cost: Cost, unknown: str) -> list[str]:
+    """What tuning took, by the proxy's trials that ended, against what the target takes, and what laws would say."""
+    spent, whole = sum(trial.facts["flops"] for trial in trials), cost.flops * target.steps
+    share = f"{spent / whole:.1%} of the target's {whole:.3g}" if whole else "the target runs by epochs"
+    if unknown:
+        share = f"of the target unknown, its data are not here ({unknown})"
+    left_out = " (their parent's left out)" if parents else ""
+    line = f"cost of tuning: {spent:.3g} FLOPs in {len(trials)} trials{left_out}, {share}"
+    return [line, *sanity(target, target.optim.lr, cost.tokens, target.steps)]
 
 
 def _shown(values: dict[str, Value]) -> str:

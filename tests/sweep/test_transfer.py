@@ -12,10 +12,9 @@ import yaml
 
 from mmtrain.config.errors import ConfigError
 from mmtrain.config.load import load
-from mmtrain.mup.laws import mm1_lr, mm1_weight_decay, step_law_batch, step_law_lr
-from mmtrain.sweep.spec import VARIANT, Choices, Range, Sweep, read_sweep
+from mmtrain.sweep.spec import VARIANT, Choices, Range, Repeat, Sweep, read_sweep
 from mmtrain.sweep.study import Study, Trial
-from mmtrain.sweep.transfer import at_edge, best_point, differences
+from mmtrain.sweep.transfer import at_edge, best_point, carried_base, differences, horizon, sanity, unfinished
 from tests.sweep.test_study import outcome
 from tools.transfer import carry, main
 
@@ -78,13 +77,8 @@ def test_the_best_values_reach_a_runnable_recipe_with_their_base_and_origin(file
     made = load(out)
     assert (made.optim.lr, made.mup.output, made.seed, made.init_from, made.steps) == (0.004, 2.0, 5, "somewhere", 100)
     assert made.model == load(target).model and made.optim.clip == load(target).optim.clip
-    assert made.mup.base["decoder"] == {
-        "hidden_size": 16,
-        "num_heads": 2,
-        "num_kv_heads": 2,
-        "head_dim": 8,
-        "intermediate_size": 48,
-    }
+    decoder = {"hidden_size": 16, "num_heads": 2, "num_kv_heads": 2, "head_dim": 8, "intermediate_size": 48}
+    assert made.mup.base["decoder"] == decoder
     assert yaml.safe_load(out.read_text())["base"] == os.path.relpath(target, out.parent)
     told = "\n".join(lines)
     assert "transferred by width: optim.lr=0.004, mup.output=2" in told
@@ -92,7 +86,9 @@ def test_the_best_values_reach_a_runnable_recipe_with_their_base_and_origin(file
     assert "flagged: data.global_batch: 8 -> 16 (batch: the best rate grows with it)" in told
     assert "flagged: mup.output=2 is at the edge of what was tried (0.5 to 2)" in told
     assert "optim.lr=0.002, optim.lr=0.004, optim.lr=0.008" in told
-    assert "cost of tuning: 1.2e+04 FLOPs; of the target unknown, its data are not here" in told
+    assert "cost of tuning: 1.2e+04 FLOPs in 12 trials, of the target unknown, its data are not here" in told
+    assert "flagged: horizon: 10 tokens in 2 steps -> 204,800 in 100 (the best rate moves with the tokens" in told
+    assert "has not ended" not in told
     assert all(f"# {line}\n" in out.read_text() for line in lines[:3])
     origin = json.loads(out.with_suffix(".transfer.json").read_text())
     assert origin["values"] == {"optim.lr": 0.004, "mup.output": 2.0} and len(origin["trials"]) == 2
@@ -108,7 +104,8 @@ def test_the_cost_is_that_of_the_proxys_own_trials_that_ended(files, tmp_path):
         claim = study.claim()
         study.finish(claim, *outcome(1.0))
     lines = carry(sweep, target, [], tmp_path / "made.yaml", "narrow", [])
-    assert any(line.startswith("cost of tuning: 4e+03 FLOPs;") for line in lines)
+    assert any(line.startswith("cost of tuning: 4e+03 FLOPs in 4 trials,") for line in lines)
+    assert "flagged: the study has not ended: 0 trials run, 16 are to come" in lines
 
 
 @pytest.mark.parametrize(("parent", "flagged"), [("", 1), ("parent: {recipe: recipe.yaml}\n", 0)])
@@ -122,6 +119,8 @@ def test_a_proxy_with_a_parent_started_from_trained_weights_as_its_target_does(f
     change = ["requires_pretrained=true", "init_from=somewhere"]
     lines = carry(sweep, target, change, tmp_path / "made.yaml", None, [])
     assert sum(line.startswith("flagged: init_from") for line in lines) == flagged
+    (cost,) = (line for line in lines if line.startswith("cost of tuning"))
+    assert ("in 1 trials (their parent's left out)," in cost) == bool(parent)
 
 
 @pytest.mark.parametrize(
@@ -136,6 +135,7 @@ def test_a_proxy_with_a_parent_started_from_trained_weights_as_its_target_does(f
         ("model.connector.kind=attention_pool", "model.connector.kind: avg_pool -> attention_pool"),
         ("model.decoder.tied=true", "model.decoder.tied: False -> True (a tied head is another network)"),
         ("optim.beta2=0.9", "optim.beta2: 0.95 -> 0.9 (the best rate moves with them)"),
+        ("optim.lr_multipliers.vision=0.1", "optim.lr_multipliers.vision: not set -> 0.1 (they are part of the tuned"),
     ],
 )
 def test_what_values_do_not_survive_is_refused_and_can_be_accepted(files, tmp_path, change, told):
@@ -149,6 +149,89 @@ def test_what_values_do_not_survive_is_refused_and_can_be_accepted(files, tmp_pa
     assert any(line.startswith(f"flagged: {key}") for line in carry(sweep, target, [change], out, None, [key]))
 
 
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ("optim.eps=1.0e-6", "optim.eps: 1e-08 -> 1e-06 (the best rate may move with it)"),
+        ("parallel.precision=bf16", "parallel.precision: fp32 -> bf16 (rounding"),
+        ("model.decoder.rope_theta=500", "model.decoder.rope_theta: 10000.0 -> 500.0 (only width is proved"),
+        ("data.loss_weights.text_only=0.5", "data.loss_weights.text_only: 1.0 -> 0.5 (data"),
+        ("data.sources={}", "data.sources.a.shards: nowhere -> not set (data"),
+        ("model.decoder.num_kv_heads=1", "model.decoder.num_kv_heads: 2 -> 1 (narrower than the proxy"),
+    ],
+)
+def test_what_else_changes_a_run_is_flagged(files, tmp_path, change, told):
+    sweep, target = files
+    assert any(line.startswith(f"flagged: {told}") for line in carry(sweep, target, [change], tmp_path / "x", None, []))
+
+
+def test_how_a_run_is_done_is_no_difference():
+    free = ["name=b", "out=c", "seed=7", "parallel.tensor=2", "log.every=1", "checkpoint.every=9", "data.micro_batch=2"]
+    assert differences(load_text(RECIPE), load_text(RECIPE, free)) == ([], [])
+
+
+def test_the_rates_and_multipliers_beside_which_values_were_found_are_carried(files, tmp_path):
+    sweep, target = files
+    other = tmp_path / "target.yaml"
+    other.write_text(f"base: {target}\nmup: {{embedding: 8.0, init: 0.1, lr: {{vision: 0.01}}}}\n")
+    lines = carry(sweep, other, [], tmp_path / "made.yaml", None, [])
+    mup = load(tmp_path / "made.yaml").mup
+    assert (mup.embedding, mup.init, mup.lr, mup.output) == (1.0, 1.0, {"vision": 1.0}, 2.0)
+    assert "carried though not searched: mup.lr.vision=1.0" in lines
+
+
+@pytest.mark.parametrize(
+    "given",
+    ["optim.lr=0.5", "optim={lr: 0.5}", "mup.base.decoder.hidden_size=32", "mup.embedding=2", "mup.lr.vision=2"],
+)
+def test_what_is_carried_cannot_be_given(files, tmp_path, given):
+    sweep, target = files
+    with pytest.raises(
+        ConfigError, match=r"^(optim|mup)\.[a-z._]+: carried from the sweep, not given here; leave it out"
+    ):
+        carry(sweep, target, [given], tmp_path / "made.yaml", None, [])
+
+
+def test_given_sections_reach_the_recipe_whole(files, tmp_path):
+    sweep, target = files
+    given = ["optim={clip: 0.5, warmup_steps: 3}", "optim.warmup_steps=4", "init_from=", "data.sources.b.shards=there"]
+    carry(sweep, target, given, tmp_path / "made.yaml", None, [])
+    made = load(tmp_path / "made.yaml")
+    assert (made.optim.clip, made.optim.warmup_steps, made.optim.lr, made.init_from) == (0.5, 4, 0.004, "")
+    assert sorted(made.data.sources) == ["a", "b"]
+
+
+def test_a_target_with_a_base_of_its_own_is_refused_unless_it_is_the_proxys(files, tmp_path):
+    sweep, target = files
+    other = tmp_path / "target.yaml"
+    other.write_text(f"base: {target}\nmup: {{base: {{decoder: {{hidden_size: 32}}}}}}\n")
+    with pytest.raises(
+        ConfigError, match=r"target.yaml names mup.base already, and decoder.hidden_size otherwise than"
+    ):
+        carry(sweep, other, [], tmp_path / "made.yaml", None, [])
+    other.write_text(other.read_text().replace("32", "16"))
+    carry(sweep, other, [], tmp_path / "made.yaml", None, [])
+    assert load(tmp_path / "made.yaml").mup.base["decoder"]["hidden_size"] == 16
+
+
+def test_no_file_is_lost_and_none_is_left_that_cannot_be_trained(files, tmp_path):
+    sweep, target = files
+    mine = tmp_path / "mine.yaml"
+    mine.write_text(f"base: {target}\n")
+    with pytest.raises(ConfigError, match=r"--out .*mine.yaml is the target itself; it would be lost"):
+        carry(sweep, mine, [], mine, None, [])
+    with pytest.raises(ConfigError, match=r"--out .*mine.yaml is there, and this tool did not write it; it would be"):
+        carry(sweep, target, [], mine, None, [])
+    assert mine.read_text() == f"base: {target}\n"
+    made = tmp_path / "made.yaml"
+    with pytest.raises(ConfigError, match=r"height 16 is not a multiple of model.vision.patch_size=5"):
+        carry(sweep, target, ["model.vision.patch_size=5"], made, None, [])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mine.yaml"]
+    for _ in range(2):  # its own file it may write again
+        carry(sweep, target, [], made, None, [])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["made.transfer.json", "made.yaml", "mine.yaml"]
+
+
 def test_the_command_tells_a_mistake_in_one_line(files, tmp_path, capsys):
     sweep, target = files
     assert main([str(sweep.file), str(target), "--out", str(tmp_path / "x.yaml"), "--variant", "other"]) == 2
@@ -157,7 +240,22 @@ def test_the_command_tells_a_mistake_in_one_line(files, tmp_path, capsys):
     assert "origin:" in capsys.readouterr().out
 
 
-def test_depth_horizon_and_start_are_flagged_and_widths_are_not():
+@pytest.mark.parametrize(
+    ("steps", "tokens", "told"),
+    [
+        (100, 9.5, None),
+        (100, 8.0, "1,000 tokens in 100 steps -> 800 in 100"),
+        (200, 5.0, "1,000 tokens in 100 steps -> 1,000 in 200"),
+        (0, 10.0, "1,000 tokens in 100 steps -> 2 epochs"),
+    ],
+)
+def test_another_horizon_is_flagged(steps, tokens, told):
+    target = replace(load_text(RECIPE), steps=steps, epochs=0.0 if steps else 2.0)
+    found = horizon({"tokens": 1000.0, "steps": 100}, target, tokens)
+    assert (found and f"{found.proxy} -> {found.target}") == told
+
+
+def test_depth_and_start_are_flagged_and_widths_are_not():
     proxy = load_text(RECIPE)
     target = replace(
         proxy,
@@ -171,11 +269,20 @@ def test_depth_horizon_and_start_are_flagged_and_widths_are_not():
     assert [difference.key for difference in refused] == []
 
 
-def load_text(text: str):
+def test_a_pretrained_part_keeps_its_own_width_as_base():
+    proxy = load_text(RECIPE)
+    target = replace(proxy, model=replace(proxy.model, vision=replace(proxy.model.vision, pretrained="clip")))
+    assert list(carried_base(proxy, target)) == ["connector", "decoder"]
+    flagged = [difference.words() for difference in differences(proxy, target)[1]]
+    assert flagged[0].startswith("init_from: none -> pretrained (no evidence")
+    assert flagged[1].startswith("model.vision.pretrained: none -> clip (its base is its own width") and not flagged[2:]
+
+
+def load_text(text: str, overrides=()):
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "recipe.yaml"
         path.write_text(text)
-        return load(path)
+        return load(path, overrides)
 
 
 def trial(number: int, lr: float, loss: float, seed: int = 0, state: str = "done") -> Trial:
@@ -191,11 +298,39 @@ def test_the_best_point_is_the_best_mean_over_seeds_not_one_lucky_seed():
     best = best_point(sweep_of(Choices((0.1, 0.2, 0.4))), trials)
     assert best.params == {"optim.lr": 0.2, VARIANT: ""} and best.trials == (2, 3)
     assert best.loss == pytest.approx(1.55) and best.spread == pytest.approx(0.1)
+    assert best.passed_over == ((4, 0.1),)
 
 
 def test_a_point_that_diverged_with_any_seed_is_never_best():
     trials = [trial(0, 0.1, 0.5), trial(1, 0.1, math.inf, 1, "diverged"), trial(2, 0.2, 1.5), trial(3, 0.2, 1.6, 1)]
-    assert best_point(sweep_of(Choices((0.1, 0.2))), trials).params["optim.lr"] == 0.2
+    for known in (trials, trials[:3]):  # repeated or not
+        best = best_point(sweep_of(Choices((0.1, 0.2))), known)
+        assert (best.params["optim.lr"], best.passed_over) == (0.2, ())
+
+
+def test_a_lower_loss_with_fewer_seeds_is_told(files, tmp_path):
+    _, target = files
+    file = target.with_name("lucky.yaml")
+    file.write_text(SWEEP.replace("OUT", str(tmp_path / "run")))
+    study = Study(read_sweep(file))
+    for loss in (1.0, 0.5, 1.0, 1.0, 1.0, 1.0, 1.0):  # the last is the first point's second seed
+        study.finish(study.claim(), *outcome(loss))
+    lines = carry(study.sweep, target, [], tmp_path / "made.yaml", None, [])
+    assert "flagged: trial 1 has a lower loss, 0.5000, with fewer seeds; it may be luck: repeat it" in lines
+
+
+@pytest.mark.parametrize(
+    ("states", "repeat", "told"),
+    [
+        (["done", "pruned", "diverged"], None, ""),
+        (["done", "done", "running", "waiting"], None, "1 trials run, 1 are to come"),
+        (["done"], None, "0 trials run, 2 are to come"),
+        (["done", "done", "done"], Repeat(2, (1, 2)), "0 trials run, 4 are to come"),
+    ],
+)
+def test_what_is_to_come_of_a_study(states, repeat, told):
+    trials = [trial(number, 0.1, math.nan if state != "done" else 1.0, 0, state) for number, state in enumerate(states)]
+    assert unfinished(sweep_of(Range(0.1, 1.0), trials=3, repeat=repeat), trials) == told
 
 
 def test_several_variants_need_a_name():
@@ -209,10 +344,7 @@ def test_an_optimum_at_the_edge_of_a_range_is_told(lr, edges):
     assert len(at_edge(space, best_point(space, [trial(0, lr, 1.0)]))) == edges
 
 
-def test_laws_give_the_papers_own_examples():
-    # MM1, section 3.3: 30B parameters -> 2.2e-5; its decay is a tenth of the rate.
-    assert mm1_lr(30e9) == pytest.approx(2.2e-5, rel=0.02) and mm1_weight_decay(2e-5) == pytest.approx(2e-6)
-    # Step Law grows with data and shrinks with size by its exponents.
-    assert step_law_lr(2e9, 1e11) / step_law_lr(1e9, 1e11) == pytest.approx(2**-0.713)
-    assert step_law_lr(1e9, 2e11) / step_law_lr(1e9, 1e11) == pytest.approx(2**0.307)
-    assert step_law_batch(2e11) / step_law_batch(1e11) == pytest.approx(2**0.571)
+def test_a_target_that_runs_by_epochs_has_no_step_law():
+    first, *others = sanity(load_text(RECIPE), 1e-3, 1000.0, 0)
+    assert first == "Step Law: needs the steps of the target, which runs by epochs"
+    assert others == sanity(load_text(RECIPE), 1e-3, 1000.0, 5)[1:]

@@ -9,11 +9,13 @@ from mmtrain.config.errors import ConfigError
 from mmtrain.config.load import dump, load
 from mmtrain.config.schema import Mup
 from mmtrain.run.retain import committed
+from mmtrain.sweep.spec import read_sweep
+from mmtrain.sweep.study import Study
 from tests.data.inputs import tokenizer, write_lines
 from tests.sweep import tasks
 from tests.train import jobs, tiny
 from tests.train.tasks import trained
-from tools.bench.transfer import ARMS, Questions, Run, measure, recipe_of, runs, summary
+from tools.bench.transfer import ARMS, Questions, Run, check_parent, measure, recipe_of, runs, summary
 
 SWEEP = """
 name: tiny
@@ -24,6 +26,7 @@ search:
   optim.lr: {choices: [0.001, 0.002]}
   mup.lr.vision: {choices: [0.5]}
 """
+BASE = "mup.base={decoder: {hidden_size: 32, num_heads: 4, num_kv_heads: 2, intermediate_size: 48}}"
 WIDE = """
 base: dense.yaml
 model:
@@ -48,7 +51,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def whole(folder: Path) -> dict:
     """Parent, proxy's study, target; a rate that diverges in the scan."""
     plain = load(folder / "wide.yaml", [f"out={folder / 'parent_sp'}"])
-    scaled = load(folder / "wide.yaml", [f"out={folder / 'parent_mup'}", "mup.base={decoder: {hidden_size: 32}}"])
+    scaled = load(folder / "wide.yaml", [f"out={folder / 'parent_mup'}", BASE])
     if not committed(Path(scaled.out)):
         assert tasks.worked(folder / "sweep.yaml") == trained(plain) == trained(scaled) == 0
     return measured(folder, {"mup": scaled.out, "sp": plain.out}, 3)
@@ -86,6 +89,33 @@ def test_every_run_is_trained_once_and_asked(folder, tmp_path):
         measured(folder, {**parents, "mup": parents["sp"]}, 3)
     with pytest.raises(ConfigError, match=r"--sp-parent .*parent_mup was trained with mup.base, so it is no SP; give"):
         measured(folder, {**parents, "sp": parents["mup"]}, 3)
+    with pytest.raises(
+        ConfigError, match=r"parent_mup was trained at another base .* hold at: decoder.num_heads 4 there"
+    ):
+        check_parent("mup", parents["mup"], {"decoder": {"hidden_size": 32, "num_heads": 2}})
+    for kept in (folder / "out").rglob("measured.json"):  # as an earlier version wrote them
+        line = json.loads(kept.read_text())
+        assert line["made"].pop("parent") and line["made"].pop("text of questions")
+        kept.with_suffix(".new").write_text(kept.read_text())
+        kept.write_text(json.dumps(line))
+    assert measured(folder, parents, 3)["found"] == found["found"]
+    for kept in (folder / "out").rglob("measured.new"):
+        kept.replace(kept.with_suffix(".json"))
+    write_lines(
+        folder / "questions.jsonl", [{"question_id": 1, "image": "1.png", "question": "Yes?", "answers": ["no"]}]
+    )
+    with pytest.raises(ConfigError, match=r"mup_x1_seed0 was made with another text of questions; remove it"):
+        measured(folder, parents, 3)
+
+
+def test_a_study_that_goes_on_is_not_measured_with(folder, tmp_path):
+    (folder / "more.yaml").write_text(SWEEP.replace("OUT", str(tmp_path)))
+    Study(read_sweep(folder / "more.yaml"))
+    asked = Questions("vqa", tmp_path, tmp_path, 1)
+    with pytest.raises(
+        ConfigError, match=r"the study has not ended \(0 trials run, 2 are to come\), so its best point may"
+    ):
+        measure(folder / "more.yaml", folder / "wide.yaml", None, tmp_path, {}, asked, [])
 
 
 def test_an_arm_has_the_base_and_the_values_that_it_is_named_for(folder, tmp_path):

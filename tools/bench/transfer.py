@@ -20,6 +20,7 @@ import json
 import math
 import sys
 from collections.abc import Sequence
+from hashlib import sha256
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -29,7 +30,7 @@ from tools.bench.record import tell
 
 if TYPE_CHECKING:
     from mmtrain.config.schema import Recipe
-    from mmtrain.sweep.spec import Sweep
+    from mmtrain.sweep.study import Trial
 
 RECIPE = "transferred.yaml"
 MEASURED = "measured.json"
@@ -103,16 +104,24 @@ def measure(
     from mmtrain.config.errors import ConfigError
     from mmtrain.config.load import load
     from mmtrain.sweep.spec import read_sweep
+    from mmtrain.sweep.study import Study
+    from mmtrain.sweep.transfer import unfinished
     from mmtrain.sweep.trial import step_cost
     from tools.transfer import carry
 
     if load(target).mup.base:
         raise ConfigError(f"{target} names mup.base, so as it stands it is no SP: take the base out of it")
-    for name, parent in parents.items():
-        check_parent(name, parent)
     sweep = read_sweep(sweep_file)
+    trials = Study(sweep, create=False).trials()
+    if waiting := unfinished(sweep, trials):
+        raise ConfigError(
+            f"{sweep.out}: the study has not ended ({waiting}), so its best point may change; "
+            f"python launch/sweep.py {sweep_file} goes on"
+        )
     lines = carry(sweep, target, [f"init_from={parents['mup']}"], out / RECIPE, variant, [])
     origin = json.loads((out / RECIPE).with_suffix(".transfer.json").read_text())
+    for name, parent in parents.items():
+        check_parent(name, parent, origin["base"])
     rows = []
     for one in planned:
         recipe = recipe_of(one, target, out, origin, parents)
@@ -122,24 +131,37 @@ def measure(
     return {
         "report": lines,
         "values": origin["values"],
-        **costs(sweep, origin["variant"], step_cost(carried).flops * carried.steps),
+        **costs(trials, origin["variant"], step_cost(carried).flops * carried.steps),
         "questions": asked.limit or "all",
         "found": summary(rows),
         "runs": rows,
     }
 
 
-def check_parent(name: str, parent: str) -> None:
-    """ConfigError unless the checkpoint was trained in the parametrisation that it is named for."""
+def check_parent(name: str, parent: str, base: dict[str, dict[str, int]]) -> None:
+    """ConfigError unless the checkpoint was trained in the parametrisation that it is named for, muP's at `base`."""
     from mmtrain.config.errors import ConfigError
     from mmtrain.config.load import load
     from mmtrain.run.reader import open_weights
     from mmtrain.run.saver import RECIPE as RECIPE_FILE
+    from mmtrain.sweep.transfer import base_widths
 
-    base = load(open_weights(Path(parent)).folder / RECIPE_FILE).mup.base
-    if bool(base) != (name != "sp"):
-        said = "with mup.base, so it is no SP" if base else "without mup.base, in SP"
+    recipe = load(open_weights(Path(parent)).folder / RECIPE_FILE)
+    if bool(recipe.mup.base) != (name != "sp"):
+        said = "with mup.base, so it is no SP" if recipe.mup.base else "without mup.base, in SP"
         raise ConfigError(f"--{name}-parent {parent} was trained {said}; give a parent of the right one")
+    trained = base_widths(recipe)
+    differing = [
+        f"{part}.{key} {trained[part].get(key)} there, {value} here"
+        for part, widths in base.items()
+        for key, value in widths.items()
+        if trained[part].get(key) != value
+    ]
+    if name != "sp" and differing:
+        raise ConfigError(
+            f"--{name}-parent {parent} was trained at another base than the carried values hold at: "
+            f"{'; '.join(differing)}; train it with mup.base={json.dumps(base)}"
+        )
 
 
 def runs(arms: Sequence[str], seeds: Sequence[int], factors: Sequence[float]) -> list[Run]:
@@ -170,10 +192,19 @@ def ended(recipe: "Recipe", asked: Questions) -> dict[str, Any]:
     """
     from mmtrain.config.errors import ConfigError
     from mmtrain.config.load import dump
+    from mmtrain.run.manifest import NAME as MANIFEST
+    from mmtrain.run.reader import open_weights
     from mmtrain.sweep.trial import discard_weights, run_trial
 
     out = Path(recipe.out)
-    made = {"recipe": dump(recipe), "task": asked.task, "questions": str(asked.file), "limit": asked.limit}
+    made = {
+        "recipe": dump(recipe),
+        "task": asked.task,
+        "questions": str(asked.file),
+        "limit": asked.limit,
+        "parent": sha256((open_weights(Path(recipe.init_from)).folder / MANIFEST).read_bytes()).hexdigest(),
+        "text of questions": sha256(asked.file.read_bytes()).hexdigest(),
+    }
     if not (out / MEASURED).exists():
         outcome = run_trial(recipe, "all", lambda _: False)
         if outcome.ending == "interrupted":
@@ -184,7 +215,8 @@ def ended(recipe: "Recipe", asked: Questions) -> dict[str, Any]:
         (out / MEASURED).write_text(json.dumps({"made": made, "found": found}) + "\n")
         discard_weights(out)
     kept = json.loads((out / MEASURED).read_text())
-    if differing := [key for key, value in made.items() if kept["made"][key] != value]:
+    # what is not said there was not kept yet when it was made
+    if differing := [key for key, value in made.items() if kept["made"].get(key, value) != value]:
         raise ConfigError(f"{out} was made with another {' and '.join(differing)}; remove it, or give a new --out")
     return kept["found"]
 
@@ -203,14 +235,11 @@ def answers(checkpoint: Path, asked: Questions) -> dict[str, float]:
     return {name: value for name, value in found.items() if isinstance(value, float)}
 
 
-def costs(sweep: "Sweep", variant: str, target_flops: float) -> dict[str, Any]:
+def costs(study: Sequence["Trial"], variant: str, target_flops: float) -> dict[str, Any]:
     """FLOPs of the proxy's trials against those of one run of the target."""
     from mmtrain.sweep.spec import VARIANT
-    from mmtrain.sweep.study import Study
 
-    trials = [
-        trial for trial in Study(sweep, create=False).trials() if trial.facts and trial.params[VARIANT] == variant
-    ]
+    trials = [trial for trial in study if trial.facts and trial.params[VARIANT] == variant]
     tuning = sum(trial.facts["flops"] for trial in trials)
     return {
         "tuning_trials": len(trials),
