@@ -55,8 +55,11 @@ def train(recipe: Recipe, options: Options = Options()) -> int:  # noqa: B008 - 
     check_sources(recipe, tokenizer)
     groups = connect(recipe.parallel, place)
     lock = RunLock(Path(recipe.out), groups)
-    with Heartbeat(Path(recipe.out), groups, recipe.guard.stall_seconds) as heart:
-        return run(recipe, options, tokenizer, groups, lock, profile, heart)
+    with (
+        Heartbeat(Path(recipe.out), groups, recipe.guard.stall_seconds) as heart,
+        StopFlag(Path(recipe.out), groups.rank) as stop,
+    ):
+        return run(recipe, options, tokenizer, groups, lock, profile, heart, stop)
 
 
 def run(
@@ -67,6 +70,7 @@ def run(
     lock: RunLock,
     profile: ProfileWindow | None,
     heart: Heartbeat,
+    stop: StopFlag,
 ) -> int:
     """What `train` does once the ranks know each other."""
     # ---- a model for one device, its pieces on the ranks, and where an interrupted run stood
@@ -92,7 +96,7 @@ def run(
 
     # ---- the loop
     started, stopped = time.perf_counter(), 0
-    with Watch(recipe, groups, built, tokenizer, total_steps, done, heart) as watch, StopFlag(out, groups.rank) as stop:
+    with Watch(recipe, groups, built, tokenizer, total_steps, done, heart) as watch:
         for step in range(done.step + 1, total_steps + 1):
             with window(profile, step):
                 with watch.phase("data_wait"):

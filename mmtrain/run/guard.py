@@ -3,7 +3,7 @@
 A job is told to stop by SIGTERM, by SIGUSR1 (SLURM: `--signal=USR1@300`), by a file OUT/stop, or by a deadline:
 MMTRAIN_DEADLINE holds a Unix time in seconds, e.g. `export MMTRAIN_DEADLINE=$((SLURM_JOB_END_TIME - 300))`. Signals may
 reach one rank alone (launchers end ranks one after another), so the ranks agree on `StopFlag.code` in every step
-(mmtrain.totals.StepSums).
+(mmtrain.totals.StepSums). A run that is told before its first step takes that step, saves, and ends.
 """
 
 import math
@@ -40,7 +40,8 @@ class TrainingStopped(UserError, RuntimeError):
 class StopFlag:
     """Watches for reasons to stop. Made in the main thread; handlers stay until `close`.
 
-    Rank 0 alone looks for the stop file. One left by an earlier run is removed here, because it has done its work.
+    Rank 0 alone looks for the stop file. One left by an earlier run is removed here, because it has done its work: by a
+    job that holds the run's lock, or the file may be meant for another.
     """
 
     def __init__(self, run_dir: Path, rank: int = 0):

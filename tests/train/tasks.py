@@ -12,6 +12,7 @@ from typing import Any
 import launch.entry
 import launch.stages
 import launch.train
+import mmtrain.train
 import mmtrain.watch
 from mmtrain.config.errors import UserError
 from mmtrain.config.schema import Recipe
@@ -41,6 +42,18 @@ def stopped_by_signal(recipe: Recipe, after: int, rank: int = 0) -> int | str:
     """The scheduler signals `rank` alone."""
     if int(os.environ.get("RANK", "0")) == rank:
         _at_report(after - 1, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    return trained(recipe)
+
+
+def signalled_outside_of_the_loop(recipe: Recipe, function: str) -> int | str:
+    """SIGUSR1 when `train` comes to one of the functions that it calls before and after its steps."""
+    called = getattr(mmtrain.train, function)
+
+    def after_a_signal(*arguments: Any, **options: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGUSR1)
+        return called(*arguments, **options)
+
+    setattr(mmtrain.train, function, after_a_signal)
     return trained(recipe)
 
 

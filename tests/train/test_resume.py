@@ -75,6 +75,18 @@ def test_who_is_told_to_stop_saves_first(make: Callable[..., Recipe], tmp_path: 
     assert ended.value == (EXIT_STOPPED, ["measure", "measure", "measure", "report", "save"]), ended.log
 
 
+@pytest.mark.parametrize(
+    ("function", "code", "steps"), [("assemble", EXIT_REQUEUE, [1]), ("finish", 0, [2])], ids=["before", "after"]
+)
+def test_a_signal_outside_of_the_loop_ends_nothing_halfway(
+    make: Callable[..., Recipe], tmp_path: Path, function: str, code: int, steps: list[int]
+) -> None:
+    recipe = make(tmp_path / "run", steps=2)
+    ended = jobs.run(tmp_path, tasks.signalled_outside_of_the_loop, recipe, function)
+    assert (ended.code, ended.value) == (0, code), ended.log
+    assert list(committed(Path(recipe.out))) == steps
+
+
 def test_killed_between_two_checkpoints(make: Callable[..., Recipe], whole: Recipe, tmp_path: Path) -> None:
     recipe = stage(make, tmp_path / "run")
     first = jobs.run(tmp_path, tasks.killed, recipe, 5, 3)
