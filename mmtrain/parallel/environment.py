@@ -39,7 +39,10 @@ def discover(environment: Mapping[str, str] | None = None) -> Place:
 
 
 def _from_launcher(env: Mapping[str, str]) -> Place:
-    """RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT as torchrun and deepspeed set them."""
+    """RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT as torchrun and deepspeed set them.
+
+    Without LOCAL_RANK a process is the only one of its machine: operators that start one a pod do not set it.
+    """
     missing = [key for key in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if not env.get(key)]
     if missing:
         raise ConfigError(
@@ -49,8 +52,9 @@ def _from_launcher(env: Mapping[str, str]) -> Place:
     rank, world = _number(env, "RANK"), _number(env, "WORLD_SIZE")
     if rank >= world:
         raise ConfigError(f"environment: RANK={rank} with WORLD_SIZE={world}: ranks go from 0 to {world - 1}")
-    local_rank = _number(env, "LOCAL_RANK", str(rank))
-    return Place(rank, world, local_rank, env["MASTER_ADDR"], _number(env, "MASTER_PORT"), "torchrun")
+    return Place(
+        rank, world, _number(env, "LOCAL_RANK", "0"), env["MASTER_ADDR"], _number(env, "MASTER_PORT"), "torchrun"
+    )
 
 
 def _number(env: Mapping[str, str], key: str, default: str = "") -> int:
@@ -86,12 +90,27 @@ def _from_slurm(env: Mapping[str, str]) -> Place:
 
 
 def first_host(nodelist: str) -> str:
-    """First name of SLURM's compressed list: "gpu[03-07,9],login" -> "gpu03"."""
-    match = re.match(r"([^\[,]+)(?:\[([^\],-]+)[^\]]*\](\S*?)(?:,|$))?", nodelist)
+    """First name of SLURM's compressed list: "gpu[03-07,9],login" -> "gpu03", "r1i[0-3]n[0-8]" -> "r1i0n0"."""
+    match = re.match(r"([^\[\],]|\[\w[^\[\]]*\])+(?=,|$)", nodelist)  # to the first comma outside of brackets
     if match is None:
         raise ConfigError(f"environment: cannot read SLURM_JOB_NODELIST {nodelist!r}")
-    prefix, first, suffix = match.groups()
-    return prefix + (first or "") + (suffix or "")
+    return re.sub(r"\[(\w+)[^\]]*\]", r"\1", match[0])
+
+
+def device_number(place: Place, visible: int) -> int:
+    """Which of the `visible` GPUs of this process is its own.
+
+    srun may show a task only the GPU that it was given (--gpus-per-task=1): that is number 0 in every task.
+    ConfigError: there are fewer GPUs than ranks on this machine.
+    """
+    if place.launcher == "srun" and visible == 1:
+        return 0
+    if place.local_rank >= visible:
+        raise ConfigError(
+            f"rank {place.rank} is number {place.local_rank} on this machine and sees {visible} GPU"
+            f"{'s' if visible > 1 else ''}: start one rank a GPU, or show this rank its own"
+        )
+    return place.local_rank
 
 
 FREE_PORTS = range(SLURM_PORTS.stop, 32768)  # below Linux's ephemeral range too

@@ -4,6 +4,7 @@ megatron.core.parallel_state makes the groups; `Mpu` shows them to DeepSpeed. On
 """
 
 import os
+from dataclasses import replace
 from datetime import timedelta
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from mmtrain.config.schema import Parallel
-from mmtrain.parallel.environment import Place, discover, port_in_use
+from mmtrain.parallel.environment import Place, device_number, discover, port_in_use
 from mmtrain.parallel.libraries import deepspeed, parallel_state
 from mmtrain.parallel.mesh import Mesh
 
@@ -106,12 +107,15 @@ class Groups:
 def connect(parallel: Parallel, place: Place | None = None, timeout: timedelta = TIMEOUT) -> Groups:
     """Join the job: process group, mesh groups, device. gloo on CPU, NCCL on CUDA.
 
-    `timeout` bounds every collective. ConfigError: the world does not fit the layout, or rank 0's port is in use.
+    `timeout` bounds every collective. ConfigError: the world does not fit the layout, this machine has too few GPUs, or
+    rank 0's port is in use.
     """
     place = discover() if place is None else place
     mesh = Mesh(place.world, parallel.tensor, parallel.expert)
-    device = torch.device("cuda", place.local_rank) if torch.cuda.is_available() else torch.device("cpu")
-    if device.type == "cuda":
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        place = replace(place, local_rank=device_number(place, torch.cuda.device_count()))  # DeepSpeed's device, too
+        device = torch.device("cuda", place.local_rank)
         torch.cuda.set_device(device)
     _start(place, "nccl" if device.type == "cuda" else "gloo", timeout)
     parallel_state.initialize_model_parallel(

@@ -6,7 +6,16 @@ import pytest
 
 from mmtrain.config.errors import ConfigError
 from mmtrain.parallel import environment
-from mmtrain.parallel.environment import FREE_PORTS, SLURM_PORTS, Place, discover, first_host, free_port, port_in_use
+from mmtrain.parallel.environment import (
+    FREE_PORTS,
+    SLURM_PORTS,
+    Place,
+    device_number,
+    discover,
+    first_host,
+    free_port,
+    port_in_use,
+)
 
 TORCHRUN = {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "MASTER_ADDR": "n1", "MASTER_PORT": "29500"}
 BATCH = {"SLURM_PROCID": "5", "SLURM_NTASKS": "8", "SLURM_LOCALID": "1", "SLURM_JOB_ID": "12345"}
@@ -32,10 +41,41 @@ def test_alone_without_a_launcher_or_with_one_task() -> None:
 
 @pytest.mark.parametrize(
     ("nodes", "first"),
-    [("node", "node"), ("a1,a2", "a1"), ("gpu[03-07,9],x", "gpu03"), ("n[12]", "n12"), ("r[1-2]-ib,s", "r1-ib")],
+    [
+        ("node", "node"),
+        ("a1,a2", "a1"),
+        ("gpu[03-07,9],x", "gpu03"),
+        ("n[12]", "n12"),
+        ("r[1-2]-ib,s", "r1-ib"),
+        ("rack[1-2]n[01-16]", "rack1n01"),
+        ("r1i[0-3]n[0,4-8],s[1-2]", "r1i0n0"),
+    ],
 )
 def test_first_host(nodes: str, first: str) -> None:
     assert first_host(nodes) == first
+
+
+@pytest.mark.parametrize("nodes", [",n1", "n[1-2", "n[]"])
+def test_a_list_of_hosts_that_cannot_be_read(nodes: str) -> None:
+    with pytest.raises(ConfigError, match="cannot read SLURM_JOB_NODELIST"):
+        first_host(nodes)
+
+
+def test_every_rank_of_a_machine_has_its_own_gpu() -> None:
+    def place(local_rank: int, launcher: str) -> Place:
+        return Place(8 + local_rank, 16, local_rank, "n1", 29500, launcher)
+
+    assert [device_number(place(local, "torchrun"), 8) for local in (0, 7)] == [0, 7]
+    assert [device_number(place(local, "srun"), 8) for local in (0, 7)] == [0, 7]
+    assert [device_number(place(local, "srun"), 1) for local in (0, 7)] == [0, 0]  # --gpus-per-task=1
+    with pytest.raises(ConfigError, match=r"rank 12 is number 4 on this machine and sees 4 GPUs: start one rank a GPU"):
+        device_number(place(4, "srun"), 4)
+    with pytest.raises(ConfigError, match=r"rank 9 is number 1 on this machine and sees 1 GPU: start one rank a GPU"):
+        device_number(place(1, "torchrun"), 1)
+
+
+def test_a_rank_without_local_rank_is_alone_on_its_machine() -> None:
+    assert discover({key: value for key, value in TORCHRUN.items() if key != "LOCAL_RANK"}).local_rank == 0
 
 
 def test_half_an_environment_is_an_error_that_names_the_rest() -> None:
