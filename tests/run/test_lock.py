@@ -1,5 +1,6 @@
 """One job at a time in a run folder."""
 
+import errno
 import os
 import socket
 import subprocess
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from mmtrain.config.errors import ConfigError
+from mmtrain.run import lock
 from mmtrain.run.lock import InUse, RunLock
 from tests.run.ranks import on_ranks
 
@@ -64,9 +66,43 @@ def test_a_killed_job_lets_go_even_when_its_workers_live(tmp_path, holder):
     RunLock(tmp_path / "run").release()
 
 
+def test_a_job_waits_for_its_own_last_start(tmp_path, holder, monkeypatch):
+    other = holder()
+    waits = []
+
+    def sleep(seconds):
+        waits.append(seconds)
+        if len(waits) == 2:
+            other.kill()
+            other.wait()  # with a limit it would sleep, too
+
+    monkeypatch.setattr(lock.time, "sleep", sleep)
+    monkeypatch.setenv("SLURM_JOB_ID", "4711")
+    with pytest.raises(InUse):  # another process of this start: a worker of a sweep, say
+        RunLock(tmp_path / "run")
+    assert not waits
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    RunLock(tmp_path / "run").release()
+    assert len(waits) == 2
+    holder()
+    monkeypatch.setattr(lock, "PATIENCE", -1.0)
+    with pytest.raises(InUse, match=r"is in use by process .* \(SLURM job 4711\)"):
+        RunLock(tmp_path / "run")
+    assert len(waits) == 2
+
+
+def test_a_file_system_without_locks_is_not_another_job(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(lock.fcntl, "lockf", refuse)
+    with pytest.raises(ConfigError, match=r"run cannot be locked: .*not implemented.*\(Lustre: -o flock\)"):
+        RunLock(tmp_path / "run")
+
+
 def test_release_lets_the_next_job_in(tmp_path, holder):
-    lock = RunLock(tmp_path / "run")
-    lock.release()
+    first = RunLock(tmp_path / "run")
+    first.release()
     holder()
 
 
