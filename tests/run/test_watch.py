@@ -13,6 +13,7 @@ import torch
 
 from mmtrain.config.errors import ConfigError
 from mmtrain.config.schema import Log
+from mmtrain.parallel.environment import free_port
 from mmtrain.run.profile import ProfileWindow
 from mmtrain.run.wandb_log import WandbLog, flat
 
@@ -60,6 +61,36 @@ def test_offline_needs_no_account_and_keeps_its_id(tmp_path):
     written = sorted((tmp_path / "wandb").glob("offline-run-*/*.wandb"))
     run_id = (tmp_path / "wandb_id").read_text()
     assert written and all(path.name == f"run-{run_id}.wandb" for path in written)
+
+
+ONLINE = """
+    import logging, sys, wandb
+    from pathlib import Path
+    from mmtrain.config.schema import Log
+    from mmtrain.run.wandb_log import WandbLog
+    logging.basicConfig()
+    log = WandbLog(Log(wandb="online"), "tiny", Path(sys.argv[1]), {"seed": 0})
+    print("limit", wandb.run.settings.finish_timeout)
+    log.write(3, {"step": 3})
+    log.close()
+"""
+
+
+def test_a_run_goes_on_offline_when_wandb_does_not_answer_but_does_not_begin_so(tmp_path):
+    nobody = {"WANDB_BASE_URL": f"http://127.0.0.1:{free_port()}", "WANDB_API_KEY": "0" * 40, "WANDB_INIT_TIMEOUT": "1"}
+    environment = {**os.environ, **nobody, "PYTHONPATH": str(Path(__file__).parents[2]), "HOME": str(tmp_path)}
+    command = [sys.executable, "-c", textwrap.dedent(ONLINE), str(tmp_path)]
+
+    def start():
+        return subprocess.run(command, env=environment, cwd=tmp_path, timeout=200, capture_output=True, text=True)
+
+    first = start()
+    assert first.returncode and "ConfigError: log.wandb=online: " in first.stderr
+    (tmp_path / "wandb_id").write_text("abc")
+    again = start()
+    assert again.returncode == 0 and "limit 60.0" in again.stdout, again.stderr
+    assert "Going on offline; `wandb sync` sends what is kept" in again.stderr
+    assert len(list((tmp_path / "wandb").glob("offline-run-*/run-abc.wandb"))) == 1
 
 
 def test_flat_names():
