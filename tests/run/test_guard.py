@@ -87,16 +87,6 @@ def test_rank_0_alone_looks_for_the_stop_file(flag, tmp_path):
     other.close()
 
 
-def test_a_disk_that_does_not_answer_is_no_reason_to_stop(flag, tmp_path, monkeypatch):
-    def stale(path, **_):
-        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(path))
-
-    with monkeypatch.context() as patched:
-        patched.setattr(os, "stat", stale)
-        code = flag.code()
-    assert code == 0
-
-
 def test_steps_that_cannot_be_used_are_counted_and_bounded():
     guard = Guard(schema.Guard(max_skips=2, skip_steps=[5]), {"skips": 1})
     assert guard.judge(3, 2.0, 1.0, 9.0, []) == ""
