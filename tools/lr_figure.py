@@ -13,7 +13,7 @@ import json
 import math
 import sys
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -64,6 +64,17 @@ def curves(trials: Sequence[Trial]) -> Curves:
         name: {width: dict(sorted(rates.items())) for width, rates in sorted({**shared, **found[name]}.items())}
         for name in sorted(found)
     }
+
+
+def check_searched(searched: Iterable[str]) -> None:
+    """ConfigError: the sweep searches something else than what the figure shows."""
+    searched = list(searched)
+    others = [key for key in searched if key not in (LR, "seed")]
+    if LR not in searched or others:
+        lacking = f"it has no {LR}" if LR not in searched else f"{', '.join(others)} would pass for seeds"
+        raise ConfigError(
+            f"the figure shows a search of {LR} and seed; the sweep searches {', '.join(searched)}, and {lacking}"
+        )
 
 
 def optimum(rates: dict[float, list[float]]) -> Optimum:
@@ -154,6 +165,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     console = Console(soft_wrap=True, highlight=False, markup=False)
     try:
         sweep = read_sweep(args.sweep)
+        check_searched(sweep.search)
         trials = Study(sweep, create=False).trials()
         found = curves(trials)
     except UserError as error:

@@ -13,14 +13,17 @@ search:                                       # recipe keys
 """
 
 import math
-from dataclasses import dataclass, field, fields
+import sys
+from dataclasses import MISSING, dataclass, field, fields, replace
 from itertools import product
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import yaml
 
+from mmtrain.config.check import check
 from mmtrain.config.errors import ConfigError
+from mmtrain.config.keys import sections
 from mmtrain.config.load import load
 from mmtrain.config.schema import Recipe
 from mmtrain.config.suggest import nearest
@@ -163,16 +166,23 @@ def _parse(file: Path, raw: dict[str, Any], problems: list[str]) -> Sweep | None
     for key, allowed in (("sampler", get_args(Sampler)), ("storage", ("journal", "sqlite"))):
         if values.get(key, allowed[0]) not in allowed:
             problems.append(f"{key}: {values[key]!r} is none of {', '.join(allowed)}")
+    for key in ("name", "recipe", "out", "objective"):
+        if not isinstance(values.get(key) or "", str):
+            problems.append(f"{key}: {values[key]!r} is not text; write it in quotes")
     for key in ("trials", "seed"):
-        if not isinstance(values.get(key, 0), int) or values.get(key, 0) < 0:
-            problems.append(f"{key}: {values[key]!r} is not a whole number of at least 0")
-    sections = {"parent": Parent, "budget": Budget, "prune": Prune, "repeat": Repeat}
-    for key, kind in sections.items():
+        if key in values:
+            values[key] = _typed(key, int, values[key], problems)
+    kinds = {"parent": Parent, "budget": Budget, "prune": Prune, "repeat": Repeat}
+    for key, kind in kinds.items():
         if key in values:
             values[key] = _section(key, kind, values[key], problems)
-    values["search"] = {
-        str(key): _space(f"search.{key}", space, problems) for key, space in (values.get("search") or {}).items()
-    }
+    space = values.get("search") or {}
+    if not isinstance(space, dict):
+        problems.append(f"search: {space!r} is not a section of key: {{low: A, high: B}} or key: {{choices: [A, B]}}")
+        space = {}
+    if VARIANT in space:
+        problems.append(f"search.{VARIANT}: no key of a recipe; list the variants under variants")
+    values["search"] = {str(key): _space(f"search.{key}", given, problems) for key, given in space.items()}
     values["set"] = _overrides("set", values.get("set", []), problems)
     if "variants" in values:
         named = values["variants"] if isinstance(values["variants"], dict) else {}
@@ -190,26 +200,66 @@ def _parse(file: Path, raw: dict[str, Any], problems: list[str]) -> Sweep | None
 
 def _section(where: str, kind: type, given: Any, problems: list[str]) -> Any:
     """A dataclass from a mapping of its fields."""
-    names = [name.name for name in fields(kind)]
+    known = sections(kind)
     if not isinstance(given, dict):
-        problems.append(f"{where}: {given!r} is not a section with {', '.join(names)}")
+        problems.append(f"{where}: {given!r} is not a section with {', '.join(known)}")
         return None
-    unknown = [key for key in given if key not in names]
-    problems += [f"{where}.{key}: unknown key{nearest(str(key), names)}" for key in unknown]
-    values = {key: tuple(value) if isinstance(value, list) else value for key, value in given.items()}
+    before = len(problems)
+    problems += [f"{where}.{key}: unknown key{nearest(str(key), known)}" for key in given if key not in known]
+    needed = [one.name for one in fields(kind) if one.default is MISSING]
+    problems += [f"{where}.{key}: no value" for key in needed if key not in given]
+    values = {
+        key: _typed(f"{where}.{key}", known[key], value, problems) for key, value in given.items() if key in known
+    }
+    return kind(**values) if len(problems) == before else None
+
+
+WANTED = {
+    int: "a whole number of at least 0",
+    float: "a number of at least 0",
+    tuple[int, ...]: "a list of different whole numbers of at least 0",
+    Path: "the name of a file",
+}
+
+
+def _typed(where: str, kind: Any, given: Any, problems: list[str]) -> Any:
+    """`given` as a value of an annotated type of this file."""
+    if kind == tuple[str, ...]:
+        return _overrides(where, given, problems)
+    if kind is Path and isinstance(given, str):
+        return Path(given)
+    if kind is int and type(given) is int and given >= 0:
+        return given
+    if kind is float and type(number := _number(given)) in (int, float) and 0 <= number < math.inf:
+        return float(number)
+    if kind == tuple[int, ...] and isinstance(given, list) and given:
+        different = len(set(map(str, given))) == len(given)
+        if different and all(type(item) is int and item >= 0 for item in given):
+            return tuple(given)
+    problems.append(f"{where}: {given!r} is not {WANTED[kind]}")
+    return None
+
+
+def _number(given: Any) -> Any:
+    """A number written as text, as YAML reads 1e-3, as that number; anything else as it is."""
     try:
-        return None if unknown else kind(**values)
-    except TypeError as error:
-        problems.append(f"{where}: {str(error).partition('() ')[2]}")
-        return None
+        number = float(given) if isinstance(given, str) and not given.isdecimal() else given
+    except ValueError:
+        return given
+    return number if not isinstance(number, float) or math.isfinite(number) else given
 
 
 def _space(where: str, given: Any, problems: list[str]) -> Range | Choices | None:
     """A range or choices."""
     if isinstance(given, dict) and given.keys() == {"choices"} and isinstance(given["choices"], list):
-        if not given["choices"]:
+        values = [_number(value) for value in given["choices"]]
+        if not values:
             problems.append(f"{where}: no choices")
-        return Choices(tuple(given["choices"]))
+        if any(not isinstance(value, int | float | str) for value in values):
+            problems.append(f"{where}: {given['choices']} are not all numbers or text")
+        if len(set(map(str, values))) < len(values):
+            problems.append(f"{where}: {given['choices']} holds a choice twice")
+        return Choices(tuple(values))
     if isinstance(given, dict) and given.keys() == {"low", "high"}:
         try:
             low, high = float(given["low"]), float(given["high"])
@@ -243,20 +293,38 @@ def _impossible(sweep: Sweep) -> list[str]:
         problems.append(f"search: a grid has choices only, but {', '.join(ranges)} is a range; list its values")
     if sweep.sampler != "grid" and sweep.trials < 1:
         problems.append("trials: 0; say how many points to try (a grid has its own number)")
+    if sweep.sampler == "tpe" and len(sweep.variants) > 1:
+        problems.append(
+            "sampler: tpe would search the best of the variants too, and leave the others few trials; "
+            "take grid or random, or a sweep for each variant"
+        )
     if sweep.budget and bool(sweep.budget.tokens) == bool(sweep.budget.flops):
         problems.append("budget: give tokens or flops, one of both")
+    if sweep.repeat and "seed" in sweep.search:
+        problems.append("repeat: seed is searched, so every point has its seeds; take one of both out")
     for point in [] if problems else sweep.corners():
         try:
-            recipe = sweep.recipe_of(point, sweep.out)
-            sweep.parent_of(point[VARIANT])
+            recipe = _checked(sweep, point)
         except ConfigError as error:
             problems.append(f"{_words(point)}: {error}")
             continue
+        if sweep.repeat and recipe.seed in sweep.repeat.seeds:
+            problems.append(f"repeat.seeds: {recipe.seed} is the first runs' own seed; repeat with others")
         if not recipe.eval.every or sweep.objective not in ("all", *recipe.eval.sources):
             measured = ", ".join(("all", *recipe.eval.sources)) if recipe.eval.every else "nothing (eval.every=0)"
             problems.append(f"objective: {sweep.objective}: the recipe measures {measured}")
             break
     return list(dict.fromkeys(problems))
+
+
+def _checked(sweep: Sweep, point: dict[str, Value]) -> Recipe:
+    """The recipe of a point. ConfigError: it, or its parent, cannot run."""
+    parent = sweep.parent_of(point[VARIANT])
+    if parent is not None:
+        check(parent, 1)
+    recipe = sweep.recipe_of(point, sweep.out, (f"init_from={parent.out}",) if parent else ())
+    check(replace(recipe, steps=sys.maxsize, epochs=0.0) if sweep.budget else recipe, 1)
+    return recipe
 
 
 def _words(point: dict[str, Value]) -> str:

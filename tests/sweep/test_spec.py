@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from mmtrain.config.errors import ConfigError
-from mmtrain.sweep.spec import VARIANT, Choices, Range, read_sweep
+from mmtrain.sweep.spec import VARIANT, Budget, Choices, Prune, Range, read_sweep
 
 ROOT = Path(__file__).parents[2] / "configs" / "sweeps"
 RECIPE = """
@@ -58,9 +58,17 @@ def test_a_point_is_a_recipe_with_its_values_on_top(write):
 
 def test_ranges_and_sections_are_read(write):
     text = SWEEP.replace("grid", "tpe\ntrials: 3").replace("{choices: [0.1, 0.2, 0.4]}", "{low: 1e-3, high: 1.0}")
+    text = text.replace("seed: {choices: [0, 1]}", "mup.init: {choices: [1, 2]}").partition("variants:")[0]
     sweep = read_sweep(write(text + "prune: {startup: 2}\nrepeat: {best: 1, seeds: [5]}\nbudget: {tokens: 1e6}\n"))
-    assert sweep.search == {"seed": Choices((0, 1)), "optim.lr": Range(1e-3, 1.0)}
-    assert sweep.prune.startup == 2 and sweep.repeat.seeds == (5,) and float(sweep.budget.tokens) == 1e6
+    assert sweep.search == {"mup.init": Choices((1, 2)), "optim.lr": Range(1e-3, 1.0)}
+    assert sweep.prune.startup == 2 and sweep.repeat.seeds == (5,) and sweep.budget == Budget(tokens=1e6)
+
+
+def test_numbers_are_numbers_however_they_are_written(write):
+    text = SWEEP.replace("[0.1, 0.2, 0.4]", "[1e-3, 4e-3, '16']") + "prune: {warmup: 3e-1}\n"
+    sweep = read_sweep(write(text + "budget: {flops: 5e8}\n"))
+    assert sweep.search["optim.lr"] == Choices((0.001, 0.004, "16"))
+    assert (sweep.prune, sweep.budget) == (Prune(warmup=0.3), Budget(flops=5e8))
 
 
 @pytest.mark.parametrize(
@@ -71,11 +79,39 @@ def test_ranges_and_sections_are_read(write):
         ("sampler: grid", "sampler: tpe", "trials: 0; say how many points to try"),
         ("sampler: grid", "trials: some", "trials: 'some' is not a whole number of at least 0"),
         ("sampler: grid", "sampler: grid\nprune: {start: 1}", "prune.start: unknown key (did you mean startup?)"),
+        ("sampler: grid", "sampler: grid\nprune: [1]", "prune: [1] is not a section with startup, warmup"),
+        ("sampler: grid", "sampler: grid\nprune: {warmup: some}", "prune.warmup: 'some' is not a number of at least 0"),
+        ("sampler: grid", "sampler: grid\nrepeat: {best: 1}", "repeat.seeds: no value"),
+        ("sampler: grid", "sampler: grid\nrepeat: {best: 1, seeds: 5}", "repeat.seeds: 5 is not a list of different"),
+        ("sampler: grid", "sampler: grid\nrepeat: {best: 1, seeds: [5, 5]}", "repeat.seeds: [5, 5] is not a list of"),
+        ("sampler: grid", "sampler: grid\nrepeat: {best: 1, seeds: [5]}", "repeat: seed is searched, so every point"),
+        ("  seed: {choices: [0, 1]}", "repeat: {best: 1, seeds: [0, 5]}\nsearch:", "repeat.seeds: 0 is the first"),
+        ("sampler: grid", "sampler: grid\nbudget: {tokens: -4}", "budget.tokens: -4 is not a number of at least 0"),
+        ("sampler: grid", "sampler: grid\nbudget: {tokens: yes}", "budget.tokens: True is not a number of at least 0"),
+        ("sampler: grid", "parent: {recipe: recipe.yaml, set: steps=3}", "parent.set: 'steps=3' is not a list of key="),
+        ("sampler: grid", "parent: {recipe: recipe.yaml, set: [steps: 3]}", "parent.set: [{'steps': 3}] is not a list"),
+        ("sampler: grid", "parent: {recipe: 3}", "parent.recipe: 3 is not the name of a file"),
         (
-            "sampler: grid",
-            "sampler: grid\nrepeat: {best: 1}",
-            "repeat: missing 1 required positional argument: 'seeds'",
+            "name: s",
+            "name: s\nparent: {recipe: recipe.yaml, set: [steps=0]}",
+            "steps=0 and epochs=0: the stage",
         ),
+        ("sampler: grid", "sampler: tpe\ntrials: 3", "sampler: tpe would search the best of the variants too"),
+        ("name: s", "name: 3", "name: 3 is not text; write it in quotes"),
+        (
+            "  seed: {choices: [0, 1]}\n  optim.lr: {choices: [0.1, 0.2, 0.4]}",
+            "- optim.lr",
+            "search: ['optim.",
+        ),
+        ("  seed:", "  variant:", "search.variant: no key of a recipe; list the variants under variants"),
+        (
+            "  seed: {choices: [0, 1]}",
+            "  seed: {choices: [[0], 1]}",
+            "search.seed: [[0], 1] are not all",
+        ),
+        ("[0.1, 0.2, 0.4]", "[0.1, 1e-1]", "search.optim.lr: [0.1, '1e-1'] holds a choice twice"),
+        ("  seed:", "  mup.lr.vison:", "mup.lr.vison: no such part"),
+        ("decoder.hidden_size=128", "vision.hidden_size=127", "hidden_size=127 is not a multiple of"),
         ("sampler: grid", "sampler: grid\nbudget: {}", "budget: give tokens or flops, one of both"),
         ("sampler: grid", "sampler: grid\nobjective: other", "objective: other: the recipe measures all, held"),
         ("name: s", "name:", "name: no value"),

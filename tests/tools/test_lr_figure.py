@@ -9,7 +9,7 @@ import pytest
 from mmtrain.config.errors import ConfigError
 from mmtrain.sweep.spec import VARIANT
 from mmtrain.sweep.study import Trial
-from tools.lr_figure import curves, optimum, plot, shift, summary, wider_is_better, write_csv
+from tools.lr_figure import check_searched, curves, optimum, plot, shift, summary, wider_is_better, write_csv
 
 RATES = (0.001, 0.002, 0.004, 0.008)
 
@@ -72,6 +72,15 @@ def test_names_that_say_no_width_are_refused():
         curves([Trial(0, "done", {VARIANT: "wide", "optim.lr": 0.1}, 1.0)])
     with pytest.raises(ConfigError, match=r"only base so far"):
         curves(bowl("base_32", 0.004, 1.0))
+
+
+def test_a_search_that_the_figure_does_not_show_is_refused():
+    check_searched(["optim.lr"])
+    check_searched(["seed", "optim.lr"])
+    with pytest.raises(ConfigError, match=r"the sweep searches mup\.init, and it has no optim\.lr"):
+        check_searched(["mup.init"])
+    with pytest.raises(ConfigError, match=r"searches optim\.lr, seed, mup\.init, and mup\.init would pass for seeds"):
+        check_searched(["optim.lr", "seed", "mup.init"])
 
 
 def test_files_hold_every_trial_that_ended(tmp_path):
