@@ -14,8 +14,9 @@ from launch.entry import run
 def main() -> int:
     from mmtrain.config.load import load
 
-    overrides = [word for word in sys.argv[1:] if "=" in word]
-    for recipe in (word for word in sys.argv[1:] if "=" not in word and word.endswith((".yaml", ".yml"))):
+    words = [word for word in sys.argv[1:] if not word.startswith("-")]
+    overrides = [word for word in words if "=" in word]
+    for recipe in (word for word in words if "=" not in word and word.endswith((".yaml", ".yml"))):
         out = Path(load(recipe, overrides).out)
         print(max(out.glob("step_*[0-9]"), default=out))  # run/retain.py has the pattern, but imports torch
     return 0

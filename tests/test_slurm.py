@@ -100,10 +100,10 @@ def test_a_rank_that_hangs_after_another_has_ended_is_killed(sbatch) -> None:
 
 
 def test_a_task_gets_the_cores_that_were_asked_for(sbatch) -> None:
-    job = sbatch(END.format(code=0), arguments=("recipe.yaml", "steps=3", "--profile", "1:2"))
+    job = sbatch(END.format(code=0), arguments=("recipe.yaml", "steps=3", "--profile=1:2"))
     (call,) = job.srun
     assert call.startswith("12 ") and call.endswith(
-        f"{sys.executable} launch/train.py recipe.yaml steps=3 --profile 1:2"
+        f"{sys.executable} launch/train.py recipe.yaml steps=3 --profile=1:2"
     )
 
 
@@ -113,6 +113,12 @@ def test_a_sweeps_worker_is_requeued_when_it_was_told_to_stop(sbatch, code: int,
     assert (job.code, job.requeued, job.stderr) == (code, requeued, "")
     (call,) = job.srun
     assert call.endswith(f"{sys.executable} launch/sweep.py sweep.yaml")
+
+
+def test_a_sweeps_job_of_several_tasks_is_refused(sbatch) -> None:
+    job = sbatch(END.format(code=0), arguments=("--sweep", "sweep.yaml"), SLURM_NTASKS="16")
+    assert (job.code, job.requeued, job.srun) == (2, False, [])
+    assert "error: --sweep: a worker is one task, and this job has 16" in job.stderr
 
 
 def test_a_mistake_in_the_recipe_starts_no_rank(sbatch) -> None:

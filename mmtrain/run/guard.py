@@ -41,13 +41,14 @@ class StopFlag:
     """Watches for reasons to stop. Made in the main thread; handlers stay until `close`.
 
     Rank 0 alone looks for the stop file. One left by an earlier run is removed here, because it has done its work: by a
-    job that holds the run's lock, or the file may be meant for another.
+    job that holds the run's lock, or the file may be meant for another (fresh=False: workers share their folder).
+    A flag inside another's, a trial in its worker, tells that one of signals too.
     """
 
-    def __init__(self, run_dir: Path, rank: int = 0):
+    def __init__(self, run_dir: Path, rank: int = 0, fresh: bool = True):
         self._file = run_dir / STOP_FILE
         self._looks = rank == 0  # another rank might see an old file before rank 0 has removed it
-        if self._looks:
+        if self._looks and fresh:
             self._file.unlink(missing_ok=True)
         self._deadline = _deadline()
         self._signal = 0
@@ -55,6 +56,9 @@ class StopFlag:
 
     def _caught(self, number: int, _: FrameType | None) -> None:
         self._signal = max(self._signal, _SIGNALS[signal.Signals(number)])
+        outer = getattr(self._before[signal.Signals(number)], "__self__", None)
+        if isinstance(outer, StopFlag):
+            outer._caught(number, None)
 
     def code(self) -> int:
         """This rank's reason, 0 for none. The maximum over ranks is the run's."""

@@ -31,14 +31,16 @@ class RunLock:
 
     A POSIX record lock: it is not inherited by forked data workers, so an orphan of a killed job does not keep the
     folder, and NFS passes it between hosts. (Lustre needs the `flock` mount option.) Rank 0 locks, all ranks agree.
-    NFS keeps the lock of a host that died for its lease, so a SLURM job waits PATIENCE seconds for its own last start.
+    NFS keeps the lock of a host that died for its lease, so a SLURM job waits PATIENCE seconds for its own last start
+    (wait=False: not at all).
 
     Raises InUse naming both jobs when another one holds the folder; ConfigError when it cannot be written or locked.
     """
 
-    def __init__(self, run_dir: Path, comm: Comm | None = None):
+    def __init__(self, run_dir: Path, comm: Comm | None = None, wait: bool = True):
         comm = comm or SingleProcess()
         self.run_dir = run_dir
+        self._wait = wait
         self._file: int | None = None
         problem = self._acquire() if comm.rank == 0 else None
         if problem := comm.all_gather_object(problem)[0]:
@@ -74,7 +76,7 @@ class RunLock:
                     )
             holder, me = _read(os.pread(file, 4096, 0)), _read(_me())
             requeued = me["job"] and holder.get("job") == me["job"] and holder.get("start") != me["start"]
-            if not requeued or time.monotonic() > deadline:
+            if not (requeued and self._wait) or time.monotonic() > deadline:
                 return InUse(
                     f"out: {self.run_dir} is in use by {_describe(holder)}; this is {_describe(me)}. "
                     "Wait for that job, stop it, or choose another out."

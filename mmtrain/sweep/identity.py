@@ -4,11 +4,13 @@ import json
 from typing import Any
 
 from mmtrain.config.keys import leaves
+from mmtrain.config.resume import ALWAYS_FREE
 from mmtrain.config.schema import Recipe
 from mmtrain.run.manifest import shortened
 from mmtrain.sweep.spec import VARIANT, Choices, Sweep
 
-UNSEEN = ("name", "out", "log", "checkpoint")
+SEEN = ("steps", "epochs", "eval", "data.skip_packs")
+UNSEEN = tuple(key for key in ALWAYS_FREE if key not in SEEN and not key.endswith(".pretrained"))
 """Keys and sections of a recipe that no trial's result follows from."""
 
 DEFAULTS = dict(leaves(Recipe()))
@@ -62,5 +64,9 @@ def _values(recipe: Recipe, searched: Any) -> dict[str, Any]:
     return {
         key: value
         for key, value in leaves(recipe)
-        if key not in searched and key.split(".")[0] not in UNSEEN and DEFAULTS.get(key, ()) != value
+        if key not in searched and not _unseen(key) and DEFAULTS.get(key, ()) != value
     }
+
+
+def _unseen(key: str) -> bool:
+    return any(key == name or key.startswith(name + ".") for name in UNSEEN)

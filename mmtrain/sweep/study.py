@@ -212,7 +212,7 @@ class Study:
     def _lock(self, number: int) -> RunLock | None:
         """The lock on a trial; None while another process holds it."""
         try:
-            return RunLock(self.sweep.out / "claims" / f"{number:04d}")
+            return RunLock(self.sweep.out / "claims" / f"{number:04d}", wait=False)
         except InUse:
             return None
 
@@ -222,7 +222,7 @@ class Study:
         deadline = time.monotonic() + 120.0
         while True:
             try:
-                lock = RunLock(self.sweep.out / "claims")
+                lock = RunLock(self.sweep.out / "claims", wait=False)
                 break
             except InUse:
                 if time.monotonic() > deadline:

@@ -72,8 +72,7 @@ def step_cost(recipe: Recipe) -> Cost:
 
 def ensure(recipe: Recipe) -> int:
     """Train `recipe` to its end unless it has been; the exit code. The caller holds off other workers."""
-    out = Path(recipe.out)
-    if (out / "report.json").exists() and committed(out):
+    if recipe.steps and max(committed(Path(recipe.out)), default=0) >= recipe.steps:
         return 0
     try:
         return train(recipe)
@@ -153,11 +152,10 @@ class _Watcher:
 
     def _watch(self) -> None:
         while not self._done.wait(LOOK_SECONDS):
-            if self._judge(_curve(self._out)):
+            if self.asked or self._judge(_curve(self._out)):
                 self.asked = True
                 with contextlib.suppress(OSError):
-                    (self._out / STOP_FILE).touch()
-                return
+                    (self._out / STOP_FILE).touch()  # again and again: a run that starts removes an old one
 
 
 def _curve(out: Path) -> Curve:

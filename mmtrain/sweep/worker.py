@@ -10,7 +10,7 @@ from pathlib import Path
 from mmtrain.config.check import check
 from mmtrain.config.errors import ConfigError, UserError
 from mmtrain.config.schema import Recipe
-from mmtrain.run.guard import StopFlag, exit_code
+from mmtrain.run.guard import StopFlag, exit_code, stop_reason
 from mmtrain.run.lock import InUse, RunLock
 from mmtrain.sweep.spec import VARIANT, Budget, Sweep, Value
 from mmtrain.sweep.study import Claim, Study
@@ -34,7 +34,7 @@ def work(sweep: Sweep, study: Study, told: Callable[[], None]) -> int:
     worker, and the same command goes on once a person has mended what the error says.
     """
     costs: Costs = {}
-    with StopFlag(sweep.out) as stop:
+    with StopFlag(sweep.out, fresh=False) as stop:
         while not stop.code() and (claim := study.claim()) is not None:
             if claim == "wait":
                 time.sleep(PATIENCE_SECONDS)
@@ -42,12 +42,14 @@ def work(sweep: Sweep, study: Study, told: Callable[[], None]) -> int:
             try:
                 outcome = _one(sweep, study, claim, costs, stop)
             except (UserError, KeyboardInterrupt):
-                study.put_back(claim)
+                study.put_back(claim)  # nothing to do for one that was counted out
                 raise
             told()
             if outcome.ending == "interrupted":
                 return outcome.code
-        return exit_code(stop.code()) if stop.code() else 0
+        if why := stop.code():
+            log.info("%s: stopped: %s", sweep.name, stop_reason(why))
+        return exit_code(why) if why else 0
 
 
 def _one(sweep: Sweep, study: Study, claim: Claim, costs: Costs, stop: StopFlag) -> Outcome:
@@ -63,12 +65,14 @@ def _one(sweep: Sweep, study: Study, claim: Claim, costs: Costs, stop: StopFlag)
         extra.append(f"init_from={newest(parent)}")
     try:
         recipe, cost = _recipe(sweep, claim, out, tuple(extra), costs)
+        log.info("trial %d: %s", claim.number, ", ".join(f"{key}={value}" for key, value in claim.params.items()))
+        study.count_attempt(claim)
+        outcome = run_trial(recipe, sweep.objective, study.judge(claim, recipe.steps))
+    except InUse:
+        raise
     except ConfigError:
         study.let_go(claim)
         raise
-    log.info("trial %d: %s", claim.number, ", ".join(f"{key}={value}" for key, value in claim.params.items()))
-    study.count_attempt(claim)
-    outcome = run_trial(recipe, sweep.objective, study.judge(claim, recipe.steps))
     study.finish(claim, outcome, facts(recipe, outcome, cost))
     if outcome.ending != "interrupted":
         discard_weights(out)

@@ -82,6 +82,9 @@ def test_a_job_waits_for_its_own_last_start(tmp_path, holder, monkeypatch):
         RunLock(tmp_path / "run")
     assert not waits
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    with pytest.raises(InUse):
+        RunLock(tmp_path / "run", wait=False)
+    assert not waits
     RunLock(tmp_path / "run").release()
     assert len(waits) == 2
     holder()

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 
 from mmtrain.config.errors import ConfigError, DataError
 from mmtrain.config.schema import Recipe
+from mmtrain.run.guard import StopFlag
 from mmtrain.sweep import trial, worker
 from mmtrain.sweep.spec import Budget, Choices, Parent, Sweep
 from mmtrain.sweep.study import ATTEMPTS, Study
@@ -102,6 +104,57 @@ def test_a_stop_while_the_parent_learns_is_an_interruption(sweep, stub):
     stub()
     assert start(sweep()) == 0
     assert states(sweep()) == ["done"] * 3
+
+
+@pytest.mark.parametrize(("saved", "trained"), [(40, 1), (300, 0)])
+def test_a_parent_that_was_stopped_is_not_one_that_has_ended(tmp_path, monkeypatch, saved, trained):
+    started = []
+    monkeypatch.setattr(trial, "train", lambda recipe: started.append(recipe) or 0)
+    (tmp_path / f"step_{saved:08d}").mkdir()
+    (tmp_path / "report.json").write_text("{}")
+    assert trial.ensure(Recipe(name="parent", out=str(tmp_path), steps=300)) == 0
+    assert len(started) == trained
+
+
+def test_a_point_whose_training_is_refused_is_counted_out(sweep, stub):
+    stub(raising(ConfigError("other factors in its forward"), lambda recipe: recipe.optim.lr == 0.1))
+    with pytest.raises(ConfigError):
+        start(sweep())
+    assert start(sweep()) == 0
+    assert states(sweep()) == ["failed", "done", "done"]
+
+
+def test_a_signal_after_a_trials_last_step_ends_the_worker(sweep, stub):
+    def told(recipe: Recipe) -> None:
+        with StopFlag(Path(recipe.out)):
+            os.kill(os.getpid(), signal.SIGUSR1)
+
+    stub(told)
+    assert start(sweep()) == 75
+    assert states(sweep()) == ["done", "waiting", "waiting"]
+
+
+def test_the_stop_file_of_a_sweep_is_for_all_its_workers(sweep, stub):
+    stub()
+    chosen = sweep()
+    chosen.out.mkdir()
+    (chosen.out / "stop").touch()
+    assert start(chosen) == start(chosen) == 76
+    (chosen.out / "stop").unlink()
+    assert start(chosen) == 0
+
+
+def test_a_trial_is_told_to_end_until_it_has(tmp_path, monkeypatch):
+    def learnt(recipe: Recipe) -> int:
+        for _ in range(2):
+            while not (tmp_path / "stop").exists():
+                time.sleep(0.001)
+            (tmp_path / "stop").unlink()  # what a run does with the file of an earlier one
+        return 76
+
+    monkeypatch.setattr(trial, "LOOK_SECONDS", 0.001)
+    monkeypatch.setattr(trial, "train", learnt)
+    assert trial.run_trial(Recipe(name="a", out=str(tmp_path)), "all", lambda curve: True).ending == "pruned"
 
 
 def test_a_worker_that_waits_for_the_parent_hears_a_signal(sweep, stub, monkeypatch):

@@ -248,7 +248,9 @@ def test_an_edited_recipe_is_another_sweep_whoever_looks(tmp_path, create):
 def test_what_no_result_follows_from_may_change(tmp_path):
     Study(sweep(tmp_path))
     again = sweep(tmp_path, recipe=tmp_path / "recipe.yaml" / ".." / "recipe.yaml", prune=Prune())
-    (tmp_path / "recipe.yaml").write_text(RECIPE[:-1] + ", log: {every: 3}, checkpoint: {every: 7}}")
+    (tmp_path / "recipe.yaml").write_text(
+        RECIPE[:-1] + ", log: {every: 3}, parallel: {zero_stage: 1}, guard: {max_skips: 3}}"
+    )
     Study(again, create=False)
 
 
