@@ -92,7 +92,7 @@ def test_a_folder_that_another_job_uses(copy: Copy, tmp_path: Path) -> None:
     lock = RunLock(Path(recipe.out))
     ended = jobs.run(tmp_path, tasks.trained, recipe)
     lock.release()
-    assert ended.value.startswith(f"ConfigError: out: {recipe.out} is in use by process ")
+    assert ended.value.startswith(f"InUse: out: {recipe.out} is in use by process ")
     assert sorted(committed(Path(recipe.out))) == [2, 4]
 
 
