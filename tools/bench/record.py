@@ -4,7 +4,6 @@ import json
 import os
 import platform
 import shlex
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -32,9 +31,10 @@ def command() -> str:
 
 def commit() -> str:
     """The commit that was measured, marked where files differ from it."""
-    words = ["git", "-C", str(ROOT), "describe", "--always", "--abbrev=12", "--exclude=*", "--dirty=, with changes"]
-    done = subprocess.run(words, capture_output=True, text=True)
-    return done.stdout.strip() if done.returncode == 0 else "not a git checkout"
+    from mmtrain.run import report  # imports torch, which a measurement of memory may not have there yet
+
+    found, changed, _ = report.commit().partition("+")
+    return found[:12] + (", with changes" if changed else "") if found else "not a git checkout"
 
 
 def hardware() -> dict[str, Any]:
